@@ -1,0 +1,138 @@
+"""Checkpoints: one file with everything a run needs to go on, loaded without unpickling code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import distributed
+from errors import UserError
+from quantization.snapshot import rng_state, set_rng_state
+
+FORMAT = "tetrajet-checkpoint"
+VERSION = 1
+LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
+
+
+@dataclass
+class Run:
+    """What a checkpoint holds: objects with a `state_dict`, and the numbers of the epoch loop."""
+
+    identity: dict
+    """What must be the same for weights and optimizer state to mean the same: model, recipe, optimizer, ..."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: object
+    model_ema: nn.Module | None
+    epoch: int = 0
+    """Epochs done."""
+    best_acc1: float = 0.0
+
+    def save(self, directory: Path, best: bool) -> None:
+        """Write the last checkpoint, and the best one too if asked; all processes must call it."""
+        generators = distributed.gather(rng_state())
+        if not distributed.is_main():
+            return
+        state = {
+            "format": FORMAT,
+            "version": VERSION,
+            "identity": self.identity,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "model_ema": None if self.model_ema is None else self.model_ema.state_dict(),
+            "epoch": self.epoch,
+            "best_acc1": self.best_acc1,
+            "rng": generators,
+        }
+        for name in (LAST, BEST) if best else (LAST,):
+            temporary = directory / f".{name}.part"
+            torch.save(state, temporary)
+            os.replace(temporary, directory / name)  # a reader sees the old file or the new one, never half of one
+
+    def restore(self, state: dict) -> None:
+        """Go on from `state`, which `load` returned. Raises UserError if this run has another number of processes."""
+        if len(state["rng"]) != distributed.world_size():
+            raise UserError(
+                f"--resume needs the number of processes of the checkpoint, {len(state['rng'])}, "
+                f"got {distributed.world_size()}; start as many, or start anew with --finetune"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.model_ema is not None:
+            self.model_ema.load_state_dict(state["model_ema"])
+        self.epoch, self.best_acc1 = state["epoch"], state["best_acc1"]
+        set_rng_state(state["rng"][distributed.rank()])
+
+
+def load(path: Path, identity: dict) -> dict:
+    """The content of a checkpoint of ours, on the CPU.
+
+    Raises UserError for a file that is missing, unreadable, not ours, or of a run whose `identity` differs.
+    """
+    state = _read(path)
+    if state.get("format") != FORMAT or state.get("version") != VERSION:
+        raise UserError(
+            f"--resume needs a checkpoint of this program, version {VERSION}; {path} is none. "
+            "Weights of a stock model go to --finetune"
+        )
+    theirs = state["identity"]
+    different = [name for name in identity if identity[name] != theirs.get(name)]
+    if different:
+        name = different[0]
+        raise UserError(
+            f"--resume needs a checkpoint of the same {name}: this run has {_short(identity[name])}, "
+            f"{path} has {_short(theirs.get(name))}; change the options or start anew with --finetune"
+        )
+    return state
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Start from the weights in `path`: ours, Facebook's DeiT checkpoints, or a bare state_dict.
+
+    A head for another number of classes keeps its random values. Raises UserError if anything else does not fit.
+    """
+    state = _read(path)
+    weights = state.get("model", state)
+    if not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"--finetune needs a file of weights, or one with them under 'model'; {path} is neither")
+    own = model.state_dict()
+    weights = {
+        name: value
+        for name, value in weights.items()
+        if not (name.startswith("head") and name in own and own[name].shape != value.shape)
+        and not (name.endswith((".weight_ema", ".ema_updates")) and name not in own)
+    }
+    kept = {name for name in own if name.startswith("head") and name not in weights}
+    try:
+        missing = set(model.load_state_dict(weights, strict=False).missing_keys) - kept
+        unexpected = sorted(weights.keys() - own.keys())
+    except RuntimeError as error:  # a shape that differs
+        raise UserError(f"--finetune {path} does not fit the model: {str(error).splitlines()[1].strip()}") from error
+    if missing or unexpected:
+        what = f"it lacks {sorted(missing)[0]}" if missing else f"it has {unexpected[0]}, which the model lacks"
+        raise UserError(f"--finetune {path} does not fit the model: {what}; choose the --model that it was made for")
+
+
+def _read(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"a checkpoint must be a file, got {path}, which is none")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a readable checkpoint ({reason[:120]}); give another file") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}; give another file")
+    return state
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,295 @@
+"""Data sets, transforms, samplers and loaders."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torchvision import datasets as tv_datasets
+from torchvision import transforms as T
+
+import distributed
+from errors import UserError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+
+SMALL_IMAGE = 32  # up to this input size an image is cropped by a few pixels, not resized at random
+CALIBRATION_ORDER = 1_000_000  # offset of Q-Ramping's shuffles, which must not repeat the training order
+
+_LIGHT = {
+    "model": "deit_micro_patch4_32",
+    "input_size": 32,
+    "epochs": 40,
+    "batch_size": 128,
+    "lr": 1e-3,
+    "warmup_lr": 1e-4,
+    "warmup_epochs": 2,
+    "drop_path": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "aa": "none",
+    "color_jitter": 0.0,
+    "reprob": 0.0,
+    "repeats": 1,
+    "model_ema_decay": 0.0,
+    "num_workers": 2,
+}
+
+
+@dataclass(frozen=True)
+class DataSetInfo:
+    """What the command line knows of a data set."""
+
+    description: str
+    needs_path: bool = True
+    num_classes: int | None = None
+    """None: as many as there are folders."""
+    flip: float = 0.5
+    """Probability of mirroring a training image."""
+    padding: int = 4
+    """Pixels by which a training image of up to SMALL_IMAGE pixels is shifted at most."""
+    options: dict = field(default_factory=dict)
+    """Options of main.py that differ from the ImageNet recipe."""
+
+
+DATA_SETS = {
+    "DIGITS": DataSetInfo(
+        "1,797 handwritten digits of 8x8 pixels, in scikit-learn: nothing to download",
+        needs_path=False,
+        num_classes=10,
+        flip=0.0,
+        padding=0,
+        options={**_LIGHT, "input_size": 8, "epochs": 8, "batch_size": 32, "lr": 3e-2, "num_workers": 0},
+    ),
+    "FASHION": DataSetInfo("Fashion-MNIST, padded to 32x32; idx files, gzipped or not", num_classes=10, options=_LIGHT),
+    "CIFAR10": DataSetInfo("CIFAR-10 as torchvision stores it", num_classes=10, options=_LIGHT),
+    "CIFAR100": DataSetInfo("CIFAR-100 as torchvision stores it", num_classes=100, options=_LIGHT),
+    "IMNET": DataSetInfo("ImageNet-1k in train/ and val/, a folder a class", num_classes=1000),
+    "FOLDER": DataSetInfo("your own images in train/ and val/, a folder a class"),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """One run's data: which set, how its images are prepared, how they are dealt out."""
+
+    name: str
+    path: str | None
+    download: bool
+    input_size: int
+    batch_size: int
+    """Images a step and process."""
+    num_workers: int
+    repeats: int
+    """Copies of an image, each augmented on its own, in an epoch (repeated augmentation; 1 switches it off)."""
+    seed: int
+    aa: str
+    color_jitter: float
+    reprob: float
+
+
+@dataclass(frozen=True)
+class Loaders:
+    train: DataLoader
+    val: DataLoader
+    calibration: DataLoader
+    """The training set in an order of its own, for Q-Ramping's detection."""
+    num_classes: int
+
+
+class ArrayImages(Dataset):
+    """Grey images held in memory, [n, height, width] uint8, served as RGB."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, transform) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = Image.fromarray(self.images[index]).convert("RGB")
+        return self.transform(image), int(self.labels[index])
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The bytes of an idx file, gzipped or not, in the shape that its header states.
+
+    Raises UserError for anything else: a wrong magic number, another element type, too few or too many bytes.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        zeros, kind, rank = struct.unpack_from(">HBB", content)
+        shape = struct.unpack_from(f">{rank}I", content, 4)
+    except (OSError, EOFError, struct.error) as error:
+        raise UserError(f"{path} is not a readable idx file ({error}); fetch it again") from error
+    data = content[4 + 4 * rank :]
+    if zeros != 0 or kind != 8 or len(data) != math.prod(shape):
+        raise UserError(f"{path} is not an idx file of bytes, or is truncated; fetch it again")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def build_loaders(config: DataConfig) -> Loaders:
+    """Training, validation and calibration loaders. Raises UserError for data that is missing or does not fit."""
+    train, num_classes = _open(config, training=True)
+    val, _ = _open(config, training=False)
+    sampler_options = {"num_replicas": distributed.world_size(), "rank": distributed.rank(), "shuffle": True}
+
+    def train_loader() -> DataLoader:
+        if config.repeats > 1:
+            sampler = RepeatAugSampler(train, num_repeats=config.repeats, **sampler_options)
+        else:
+            sampler = DistributedSampler(train, **sampler_options)
+        return _loader(train, config, sampler=sampler, drop_last=True)
+
+    loader = train_loader()
+    if len(loader) == 0:
+        raise UserError(
+            f"an epoch must hold at least one batch: {config.name} gives {len(loader.sampler)} training images to a "
+            f"process, --batch-size is {config.batch_size}; lower --batch-size or --repeats"
+        )
+    val_share = Subset(val, range(distributed.rank(), len(val), distributed.world_size()))
+    return Loaders(loader, _loader(val_share, config), train_loader(), num_classes)
+
+
+def set_epoch(loader: DataLoader, config: DataConfig, epoch: int) -> None:
+    """Make the order of a training loader, and its workers' randomness, a function of seed and `epoch`."""
+    order = config.seed * 2 * CALIBRATION_ORDER + epoch
+    loader.sampler.set_epoch(order)
+    loader.generator.manual_seed(order * distributed.world_size() + distributed.rank())
+
+
+def _loader(dataset: Dataset, config: DataConfig, **options) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+        **options,
+    )
+
+
+def _open(config: DataConfig, training: bool) -> tuple[Dataset, int]:
+    """The training or validation half and its number of classes."""
+    info = DATA_SETS[config.name]
+    if info.needs_path and config.path is None:
+        raise UserError(f"--data-set {config.name} needs --data-path, the directory of {info.description}")
+    root = None if config.path is None else Path(config.path)
+    if root is not None and not root.is_dir() and not config.download:
+        raise UserError(f"--data-path must be a directory, got {root}, which is none")
+    transform = _transform(config, info, training)
+    if config.name == "DIGITS":
+        return _digits(transform, training), 10
+    if config.name == "FASHION":
+        return _fashion(root, config.download, transform, training), 10
+    if config.name in ("CIFAR10", "CIFAR100"):
+        return _cifar(config.name, root, config.download, transform, training), info.num_classes
+    return _folder(config.name, root, info.num_classes, transform, training)
+
+
+def _transform(config: DataConfig, info: DataSetInfo, training: bool):
+    size = config.input_size
+    if training:
+        transform = create_transform(
+            size,
+            is_training=True,
+            hflip=info.flip,
+            color_jitter=config.color_jitter or None,
+            auto_augment=None if config.aa == "none" else config.aa,
+            interpolation="bicubic",
+            re_prob=config.reprob,
+            re_mode="pixel",
+        )
+        if size <= SMALL_IMAGE:
+            resize = T.Resize((size, size), T.InterpolationMode.BICUBIC)
+            transform.transforms[0] = T.Compose([resize, T.RandomCrop(size, padding=info.padding)])
+        return transform
+    if size <= SMALL_IMAGE or config.name == "DIGITS":
+        steps = [T.Resize((size, size), T.InterpolationMode.BICUBIC)]
+    else:  # DeiT evaluates the centre 224 of 256 pixels
+        steps = [T.Resize(round(size * 256 / 224), T.InterpolationMode.BICUBIC), T.CenterCrop(size)]
+    return T.Compose([*steps, T.ToTensor(), T.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+
+
+def _digits(transform, training: bool) -> Dataset:
+    """A fixed, stratified split: 1,437 images to train on, 360 held out."""
+    digits = load_digits()
+    images = (digits.images * (255 / 16)).astype(np.uint8)
+    split = train_test_split(images, digits.target, test_size=360, stratify=digits.target, random_state=0)
+    return ArrayImages(*(split[0::2] if training else split[1::2]), transform)
+
+
+def _fashion(root: Path, download: bool, transform, training: bool) -> Dataset:
+    if download:
+        _download(tv_datasets.FashionMNIST, root)
+    stem = "train" if training else "t10k"
+    arrays = []
+    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+        name = f"{stem}-{kind}"
+        places = [root / folder / (name + end) for folder in ("", "FashionMNIST/raw", "raw") for end in ("", ".gz")]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise UserError(f"--data-path {root} must hold {name} or {name}.gz; pass --download to fetch it there")
+        arrays.append(read_idx(found))
+    images, labels = arrays
+    if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max(initial=0) > 9:
+        raise UserError(f"{root} must hold as many labels 0..9 as images, got {labels.shape} for {images.shape}")
+    return ArrayImages(np.pad(images, ((0, 0), (2, 2), (2, 2))), labels, transform)
+
+
+def _cifar(name: str, root: Path, download: bool, transform, training: bool) -> Dataset:
+    dataset = getattr(tv_datasets, name)
+    if download:
+        _download(dataset, root)
+    try:
+        return dataset(str(root), train=training, transform=transform)
+    except RuntimeError as error:
+        raise UserError(
+            f"--data-path {root} must hold {dataset.base_folder}, found none or a damaged one; "
+            "pass --download to fetch it there"
+        ) from error
+
+
+def _download(dataset, root: Path) -> None:
+    """One process fetches, the others find the files. torchvision checks what it fetched."""
+    problem = None
+    if distributed.is_main():
+        try:
+            dataset(str(root), download=True)
+        except (OSError, RuntimeError) as error:
+            problem = f"--download could not fetch {dataset.__name__} to {root}: {error}; fetch it by hand"
+    problem = distributed.from_main(problem)
+    if problem:
+        raise UserError(problem)
+
+
+def _folder(name: str, root: Path, num_classes: int | None, transform, training: bool) -> tuple[Dataset, int]:
+    for half in ("train", "val"):
+        if not (root / half).is_dir():
+            raise UserError(f"--data-path {root} must hold train/ and val/, found no {half}/; see the README's data")
+    try:
+        train_classes, _ = tv_datasets.folder.find_classes(str(root / "train"))
+        val_classes, _ = tv_datasets.folder.find_classes(str(root / "val"))
+        images = tv_datasets.ImageFolder(str(root / ("train" if training else "val")), transform)
+    except FileNotFoundError as error:
+        raise UserError(f"every class must be a folder with images in it: {error}") from error
+    if train_classes != val_classes:
+        odd = sorted(set(train_classes) ^ set(val_classes))
+        raise UserError(
+            f"train/ and val/ of {root} must hold the same classes; only one of them has {', '.join(odd[:5])}"
+            + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
+        )
+    if num_classes is not None and len(train_classes) != num_classes:
+        raise UserError(
+            f"{name} has {num_classes} classes, {root} has {len(train_classes)}; use --data-set FOLDER for other images"
+        )
+    return images, len(train_classes)

@@ -1,0 +1,473 @@
+"""Train or evaluate a Vision Transformer with its block linears in MXFP4: arguments, wiring, the epoch loop."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import random
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import distributed
+import timm
+from datasets import CALIBRATION_ORDER, DATA_SETS, DataConfig, Loaders, build_loaders, set_epoch
+from engine import TrainStep, evaluate, train_one_epoch
+from errors import NonFiniteLoss, UserError
+from losses import DistillationLoss, base_criterion
+from quantization import (
+    OSCILLATION_THRESHOLD,
+    RECIPES,
+    QEma,
+    RampingAdamW,
+    Recipe,
+    detect_oscillation,
+    quant_linears,
+    update_periods,
+)
+from run_log import RunLog, say
+from timm.data import Mixup
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+
+# DeiT's recipe (Touvron et al. 2021, Table 9) over the paper's 90 epochs. A data set may differ: datasets.DATA_SETS.
+DEFAULTS = {
+    "model": "deit_small_patch16_224",
+    "input_size": None,  # the model's own
+    "epochs": 90,
+    "batch_size": 256,
+    "lr": 5e-4,
+    "min_lr": 1e-5,
+    "warmup_lr": 1e-6,
+    "warmup_epochs": 5,
+    "weight_decay": 0.05,
+    "drop_path": 0.1,
+    "smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "color_jitter": 0.3,
+    "reprob": 0.25,
+    "repeats": 3,
+    "model_ema_decay": 0.99996,
+    "num_workers": 8,
+}
+Q_EMA_BETA, Q_RAMPING = 0.998, {"q_ramping_k1": 16.0, "q_ramping_k2": 5, "q_ramping_steps": 30}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad argument in one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def number(kind: type, low: float, high: float = float("inf"), open_high: bool = False):
+    """An argparse type: a finite `kind` in [low, high], or in [low, high) if `open_high`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not (low <= value < high if open_high else low <= value <= high) or value == float("inf"):
+            limits = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(
+                f"needs {'a whole number' if kind is int else 'a number'} {limits}"
+                f"{', exclusive' if open_high else ''}, got {text!r}"
+            )
+        return value
+
+    return parse
+
+
+def build_parser() -> Parser:
+    positive, count = number(int, 1), number(int, 0)
+    amount, share = number(float, 0), number(float, 0, 1)
+    parser = Parser(prog="main.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+
+    def recipe_option(group, flag: str, kind, text: str) -> None:
+        """An option whose default depends on the data set."""
+        name = flag[2:].replace("-", "_")
+        digits = DATA_SETS["DIGITS"].options.get(name, DEFAULTS[name])
+        default = DEFAULTS[name] if DEFAULTS[name] is not None else "the model's own"
+        group.add_argument(flag, type=kind, help=f"{text} (ImageNet: {default}; DIGITS: {digits})")
+
+    group = parser.add_argument_group("low precision")
+    group.add_argument("--quant", choices=RECIPES, default="none", help="recipe of the block linears (default: none)")
+    group.add_argument("--q-ema", action="store_true", help="round weights towards their moving average")
+    beta = number(float, 0, 1, open_high=True)
+    group.add_argument("--q-ema-beta", type=beta, help=f"decay of that average (default: {Q_EMA_BETA})")
+    group.add_argument("--q-ramping", action="store_true", help="update oscillating weights less often")
+    group.add_argument("--q-ramping-k1", type=number(float, 1e-6), help="oscillation ratio a period step (default: 16)")
+    group.add_argument("--q-ramping-k2", type=count, help="updates a period step (default: 5)")
+    group.add_argument("--q-ramping-steps", type=positive, help="steps of a detection (default: 30)")
+
+    group = parser.add_argument_group("model")
+    recipe_option(group, "--model", str, "any Vision Transformer of timm; any timm model with --quant none")
+    recipe_option(group, "--drop-path", number(float, 0, 1, open_high=True), "rate of stochastic depth")
+    group.add_argument("--finetune", type=Path, metavar="PATH", help="start from these weights (DeiT's or ours)")
+
+    group = parser.add_argument_group("data")
+    sets = "\n".join(f"{name}: {info.description}" for name, info in DATA_SETS.items())
+    group.add_argument("--data-set", choices=DATA_SETS, default="DIGITS", help=f"default: DIGITS\n{sets}")
+    group.add_argument("--data-path", metavar="DIR", help="where the data set is")
+    group.add_argument("--download", action="store_true", help="let torchvision fetch FASHION or CIFAR to --data-path")
+    group.add_argument("--num-classes", type=positive, help="refuse data with another number of classes")
+    recipe_option(group, "--input-size", positive, "pixels an image side")
+    recipe_option(group, "--num-workers", count, "loader processes for each training process")
+    recipe_option(group, "--repeats", positive, "augmented copies of an image in an epoch; 1 for none")
+    recipe_option(group, "--aa", str, "timm's automatic augmentation, or none")
+    recipe_option(group, "--color-jitter", amount, "strength; replaced by --aa where that is on")
+    recipe_option(group, "--reprob", share, "probability of random erasing")
+    recipe_option(group, "--mixup", amount, "alpha of Mixup; 0 for none")
+    recipe_option(group, "--cutmix", amount, "alpha of CutMix; 0 for none")
+
+    group = parser.add_argument_group("training")
+    recipe_option(group, "--epochs", positive, "length of the run")
+    recipe_option(group, "--batch-size", positive, "images a step and process")
+    recipe_option(group, "--lr", amount, "learning rate at a global batch of 512; scaled linearly")
+    recipe_option(group, "--min-lr", amount, "end of the cosine")
+    recipe_option(group, "--warmup-lr", amount, "start of the warm-up")
+    recipe_option(group, "--warmup-epochs", count, "length of the warm-up")
+    recipe_option(group, "--weight-decay", amount, "not on biases, norms, tokens and position embeddings")
+    recipe_option(group, "--smoothing", number(float, 0, 1, open_high=True), "label smoothing")
+    recipe_option(group, "--model-ema-decay", number(float, 0, 1, open_high=True), "moving average of the model; 0: none")
+    group.add_argument("--seed", type=count, default=0, help="default: 0")
+
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--distillation-type", choices=("none", "soft", "hard"), default="none", help="default: none")
+    group.add_argument("--distillation-alpha", type=share, default=0.5, help="weight of the teacher (default: 0.5)")
+    group.add_argument("--distillation-tau", type=number(float, 1e-6), default=1.0, help="temperature (default: 1.0)")
+    group.add_argument("--teacher-model", help="any timm model")
+    group.add_argument("--teacher-path", type=Path, metavar="PATH", help="the teacher's weights")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    group.add_argument("--output-dir", type=Path, metavar="DIR", help="default: runs/TIME-MODEL-QUANT")
+    group.add_argument("--resume", metavar="PATH", help="go on from this checkpoint; auto: the last one in --output-dir")
+    group.add_argument("--eval", action="store_true", help="evaluate --resume or --finetune and stop")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments with the data set's defaults filled in. Raises UserError for options that contradict one another."""
+    args = build_parser().parse_args(argv)
+    if args.q_ema and args.quant == "none":
+        raise UserError("--q-ema rounds quantized weights, got --quant none; add --quant mxfp4")
+    if args.q_ramping and args.quant == "none":
+        raise UserError("--q-ramping needs quantized weights, got --quant none; add --quant mxfp4")
+    if args.q_ema_beta is not None and not args.q_ema:
+        raise UserError(f"--q-ema-beta {args.q_ema_beta} has no effect without --q-ema; add it")
+    args.q_ema_beta = Q_EMA_BETA if args.q_ema_beta is None else args.q_ema_beta
+    for name, default in Q_RAMPING.items():
+        value = getattr(args, name)
+        if value is not None and not args.q_ramping:
+            raise UserError(f"--{name.replace('_', '-')} {value} has no effect without --q-ramping; add it")
+        setattr(args, name, default if value is None else value)
+    own = DEFAULTS | DATA_SETS[args.data_set].options
+    if args.model is not None:
+        own["input_size"] = None  # the data set's size goes with the data set's model
+    for name in DEFAULTS:
+        if getattr(args, name) is None:
+            setattr(args, name, own[name])
+    if args.mixup + args.cutmix > 0 and args.batch_size % 2:
+        raise UserError(f"Mixup and CutMix pair images, so --batch-size must be even, got {args.batch_size}")
+    if args.distillation_type != "none" and (args.teacher_model is None or args.teacher_path is None):
+        raise UserError(f"--distillation-type {args.distillation_type} needs --teacher-model and --teacher-path")
+    if args.resume and args.finetune:
+        raise UserError("--resume goes on with a run and --finetune starts one; give one of them")
+    if args.resume == "auto" and args.output_dir is None:
+        raise UserError("--resume auto looks into --output-dir; give one")
+    if args.eval and not (args.resume or args.finetune):
+        raise UserError("--eval needs weights; give --resume or --finetune")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda needs a GPU that PyTorch can use, found none; use --device cpu or auto")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return args
+
+
+def build_recipe(args: argparse.Namespace) -> Recipe:
+    recipe = RECIPES[args.quant]
+    return recipe.with_q_ema(args.q_ema_beta) if args.q_ema else recipe
+
+
+def model_input_size(name: str) -> int:
+    """The size that a timm model was made for. Raises UserError, with the nearest names, for an unknown model."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3) or ["deit_small_patch16_224"]
+        raise UserError(f"--model must be a model of timm, got {name!r}; did you mean {', '.join(near)}?")
+    return timm.get_pretrained_cfg(name).input_size[-1]
+
+
+def build_model(name: str, num_classes: int, input_size: int, drop_path: float, recipe: Recipe) -> nn.Module:
+    """Raises UserError for a model that cannot be quantized or does not take the input size."""
+    own_size = model_input_size(name)
+    options = {"num_classes": num_classes, "drop_path_rate": drop_path}
+    if input_size != own_size:
+        options["img_size"] = input_size
+    if recipe.quantizes:
+        options["quant"] = recipe
+    try:
+        model = timm.create_model(name, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        if recipe.quantizes and "quant" in str(error):
+            raise UserError(f"--quant needs a Vision Transformer of timm (deit_*, vit_*), got --model {name}") from error
+        raise UserError(f"--model {name} cannot be built for --input-size {input_size}: {error}") from error
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+    if input_size < patch[0] or input_size % patch[0]:
+        raise UserError(f"--input-size must be a multiple of {name}'s patch size {patch[0]}, got {input_size}")
+    return model
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    no_decay = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = param_groups_weight_decay(model, args.weight_decay, no_decay)
+    options = {"lr": args.lr * args.batch_size * distributed.world_size() / 512, "betas": (0.9, 0.999), "eps": 1e-8}
+    if args.q_ramping:
+        return RampingAdamW(groups, **options)
+    return torch.optim.AdamW(groups, **options, fused=device.type == "cuda")
+
+
+def build_criterion(args: argparse.Namespace, model: nn.Module, num_classes: int, device: torch.device) -> nn.Module:
+    base = base_criterion(args.mixup + args.cutmix > 0, args.smoothing)
+    if args.distillation_type == "none":
+        return base
+    if not hasattr(model, "set_distilled_training"):
+        raise UserError(
+            f"--distillation-type {args.distillation_type} needs a model with a distillation token "
+            f"(deit_*_distilled_*), got --model {args.model}"
+        )
+    model.set_distilled_training(True)
+    teacher = build_model(args.teacher_model, num_classes, args.input_size, 0.0, RECIPES["none"])
+    checkpoint.load_weights(teacher, args.teacher_path)
+    kind, alpha, tau = args.distillation_type, args.distillation_alpha, args.distillation_tau
+    return DistillationLoss(base, teacher.to(device), kind, alpha, tau)
+
+
+def open_output(args: argparse.Namespace) -> Path:
+    """The run's directory, made if need be. Raises UserError if it holds another run."""
+    directory = args.output_dir
+    if directory is None:
+        stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
+        directory = Path(distributed.from_main(f"runs/{stamp}-{args.model}-{args.quant}"))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        writable = os.access(directory, os.W_OK)
+    except OSError as error:
+        raise UserError(f"--output-dir must be a directory that can be written, got {directory} ({error})") from error
+    if not writable:
+        raise UserError(f"--output-dir must be writable, {directory} is not")
+    return directory
+
+
+def find_resume(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from. Raises UserError if a run would be overwritten."""
+    last = None if args.output_dir is None else args.output_dir / checkpoint.LAST
+    if args.resume == "auto":
+        return last if last.is_file() else None
+    if args.resume:
+        return Path(args.resume)
+    if last is not None and last.is_file() and not args.eval:
+        raise UserError(f"{args.output_dir} holds a run; pass --resume auto to go on with it, or another --output-dir")
+    return None
+
+
+@dataclass
+class QRamping:
+    """Detects oscillation before an epoch and sets the optimizer's periods (paper Algorithm 2)."""
+
+    model: nn.Module
+    step: TrainStep
+    loaders: Loaders
+    data: DataConfig
+    k1: float
+    k2: int
+    steps: int
+
+    def before_epoch(self, epoch: int) -> dict[str, float]:
+        loader = self.loaders.calibration
+        set_epoch(loader, self.data, CALIBRATION_ORDER + epoch)
+        with tqdm(total=self.steps, desc="detect oscillation", leave=False, disable=not distributed.is_main()) as bar:
+
+            def train_step(batch) -> None:
+                self.step(batch)
+                bar.update()
+
+            self.model.train()
+            ratios = detect_oscillation(self.model, self.step.optimizer, train_step, loader, self.steps)
+        periods = update_periods(ratios, self.k1, self.k2, max_period=len(self.loaders.train))
+        self.step.optimizer.set_periods(periods)
+        total = sum(ratio.numel() for ratio in ratios.values())
+        oscillating = sum((ratio > OSCILLATION_THRESHOLD).sum() for ratio in ratios.values())
+        mean_period = sum(period.sum() for period in periods.values())
+        return {"oscillating": 100 * float(oscillating) / total, "mean_period": float(mean_period) / total}
+
+
+def run(args: argparse.Namespace) -> None:
+    device = distributed.start(args.device)
+    args.input_size = args.input_size or model_input_size(args.model)
+    recipe = build_recipe(args)
+    data = DataConfig(
+        name=args.data_set,
+        path=args.data_path,
+        download=args.download,
+        input_size=args.input_size,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        repeats=args.repeats,
+        seed=args.seed,
+        aa=args.aa,
+        color_jitter=args.color_jitter,
+        reprob=args.reprob,
+    )
+    loaders = build_loaders(data)
+    num_classes = loaders.num_classes
+    if args.num_classes not in (None, num_classes):
+        raise UserError(f"--num-classes {args.num_classes} does not fit the data, which has {num_classes} classes")
+
+    seed = args.seed * distributed.world_size() + distributed.rank()
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    model = build_model(args.model, num_classes, args.input_size, args.drop_path, recipe)
+    if args.finetune:
+        checkpoint.load_weights(model, args.finetune)
+    model.to(device)
+
+    identity = {
+        "model": args.model,
+        "number of classes": num_classes,
+        "input size": args.input_size,
+        "recipe": recipe.describe(),
+    }
+    resume = find_resume(args)
+    if args.eval:
+        if resume is None and not args.finetune:
+            raise UserError(f"--eval --resume auto needs {args.output_dir / checkpoint.LAST}, which is missing")
+        if resume is not None:
+            model.load_state_dict(checkpoint.load(resume, identity)["model"])
+        say(json.dumps({f"test_{name}": value for name, value in evaluate(model, loaders.val, device).items()}))
+        return
+
+    identity["optimizer"] = "RampingAdamW" if args.q_ramping else "AdamW"
+    identity["model average"] = args.model_ema_decay > 0
+    state = checkpoint.load(resume, identity) if resume else None
+    criterion = build_criterion(args, model, num_classes, device)
+    parallel = model
+    if distributed.world_size() > 1:
+        # Averages and counters advance alike on every rank, so buffers need no broadcast.
+        device_ids = [device.index] if device.type == "cuda" else None
+        parallel = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    q_ema = QEma(model) if args.q_ema else None
+    model_ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema_decay else None
+    optimizer = build_optimizer(args, model, device)
+    scheduler = CosineLRScheduler(
+        optimizer, args.epochs, args.min_lr, warmup_t=args.warmup_epochs, warmup_lr_init=args.warmup_lr
+    )
+    mixup = None
+    if args.mixup + args.cutmix > 0:
+        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
+    step = TrainStep(parallel, criterion, optimizer, device, mixup)
+    ramping = None
+    if args.q_ramping:
+        k1, k2, steps = args.q_ramping_k1, args.q_ramping_k2, args.q_ramping_steps
+        ramping = QRamping(model, step, loaders, data, k1, k2, steps)
+    progress = checkpoint.Run(identity, model, optimizer, scheduler, model_ema)
+    if state is not None:
+        progress.restore(state)
+
+    directory = open_output(args)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    log = RunLog(directory, settings | {"torch": torch.__version__, "timm": timm.__version__})
+    say(f"model   {args.model}: {num_parameters:,} parameters, {len(quant_linears(model))} linears in {args.quant}")
+    say(f"recipe  {recipe.describe()}")
+    if q_ema and ramping:
+        say("note    the paper does not study Q-EMA and Q-Ramping together (C.4); detection measures plain rounding")
+    images = f"{len(loaders.train.dataset):,} training and {distributed_size(loaders):,} held-out images"
+    say(f"data    {args.data_set}: {images} of {args.input_size} px, {num_classes} classes")
+    say(f"run     {directory} on {distributed.world_size()} x {device.type}, batch {args.batch_size} each")
+    if progress.epoch:
+        say(f"resume  {resume}, {progress.epoch} of {args.epochs} epochs done")
+
+    def after_step() -> None:
+        if q_ema is not None:
+            q_ema.update()
+        if model_ema is not None:
+            model_ema.update(model)
+
+    say(TABLE_HEAD)
+    for epoch in range(progress.epoch, args.epochs):
+        # The first detection comes after T_update = one epoch of steps.
+        extra = ramping.before_epoch(epoch) if ramping and epoch > 0 else {}
+        set_epoch(loaders.train, data, epoch)
+        numbers = {"epoch": epoch, **train_one_epoch(step, loaders.train, epoch, args.epochs, after_step)}
+        scheduler.step(epoch + 1)
+        tested = evaluate(model, loaders.val, device)
+        numbers |= {f"test_{name}": value for name, value in tested.items()}
+        if model_ema is not None:
+            averaged = evaluate(model_ema.module, loaders.val, device)
+            numbers |= {f"ema_{name}": value for name, value in averaged.items()}
+        numbers |= {"n_parameters": num_parameters, **extra}
+        progress.epoch = epoch + 1
+        is_best = tested["acc1"] > progress.best_acc1
+        progress.best_acc1 = max(progress.best_acc1, tested["acc1"])
+        progress.save(directory, is_best)
+        log.epoch(numbers)
+        say(table_row(numbers, args.epochs))
+    log.close()
+    say(f"best top-1 {progress.best_acc1:.2f} %; checkpoints and logs in {directory}")
+
+
+TABLE_HEAD = f"{'epoch':>8} {'train loss':>11} {'test loss':>10} {'top-1 %':>8} {'top-5 %':>8} {'img/s':>8} {'lr':>8}"
+
+
+def table_row(numbers: dict[str, float], epochs: int) -> str:
+    row = f"{numbers['epoch'] + 1:>{8 - len(str(epochs)) - 1}}/{epochs} {numbers['train_loss']:>11.4f} "
+    row += f"{numbers['test_loss']:>10.4f} {numbers['test_acc1']:>8.2f} {numbers['test_acc5']:>8.2f} "
+    row += f"{numbers['img_per_s']:>8.0f} {numbers['lr']:>8.1e}"
+    if "ema_acc1" in numbers:
+        row += f"   average: {numbers['ema_acc1']:.2f} %"
+    if "oscillating" in numbers:
+        row += f"   {numbers['oscillating']:.2f} % oscillate, mean period {numbers['mean_period']:.2f}"
+    return row
+
+
+def distributed_size(loaders: Loaders) -> int:
+    """Held-out images over all processes."""
+    return sum(distributed.gather(len(loaders.val.dataset)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 diverged, 2 the user must change something, 130 interrupted."""
+    code = 0
+    try:
+        run(parse_args(argv))
+    except UserError as error:
+        message, code = f"main.py: error: {error}", 2
+    except NonFiniteLoss as error:
+        message, code = f"main.py: diverged: {error}", 1
+    except KeyboardInterrupt:
+        message, code = "main.py: interrupted; --resume auto goes on from the last finished epoch", 130
+    finally:
+        distributed.stop()
+    if code and os.environ.get("RANK", "0") == "0":
+        print(" ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

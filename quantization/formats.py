@@ -1,0 +1,95 @@
+"""Number formats of microscaling (MX): 4-bit elements, the E8M0 group scale, scale rules, rounding rules.
+
+Everything that quantizes reads its constants here. Source: OCP Microscaling Formats (MX) Specification v1.0,
+sections 5.3 (elements) and 5.4 (E8M0 scale); E3M0 is the gradient format of the paper's Table 7.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+GROUP_SIZE = 32  # values that share one scale (OCP MX section 5.2, the block size k)
+CODES_PER_BYTE = 2  # the first element of a pair sits in the low nibble
+SIGN_CODE = 0x8  # sign bit of a 4-bit code
+MAX_MAGNITUDE_CODE = 0x7
+
+SCALE_BIAS = 127  # an E8M0 byte b stands for 2 ** (b - 127)
+SCALE_NAN = 0xFF  # the E8M0 byte that stands for NaN
+
+# fp32 bit patterns: scales and roundings are decided on these, never through a floating-point logarithm.
+FP32_MANTISSA_BITS = 23
+FP32_EXPONENT_BIAS = 127
+FP32_MANTISSA_MASK = 0x007FFFFF
+FP32_EXPONENT_MASK = 0x7F800000  # also the pattern of +Inf: a magnitude at or above it is Inf or NaN
+FP32_MAGNITUDE_MASK = 0x7FFFFFFF
+FP32_SUBNORMAL_HALF = 0x00400000  # 2 ** -127, the smallest E8M0 scale
+FP32_NAN = 0x7FC00000
+ZERO_GROUP_BITS = 0x322BCC77  # fp32 1e-8, which stands in for the largest magnitude of an all-zero group
+
+RANDOM_BITS = 16  # random bits that decide one stochastic rounding
+
+
+@dataclass(frozen=True)
+class ElementFormat:
+    """A sign-magnitude 4-bit float whose magnitude codes 0..7 ascend in value.
+
+    With `mantissa_bits` m and `min_exponent` e, values below 2**e are spaced 2**(e - m) apart (they are the
+    subnormals and, for m = 1, the first binade); every binade above holds 2**m values.
+    """
+
+    magnitudes: tuple[float, ...]  # value of each magnitude code
+    mantissa_bits: int
+    min_exponent: int
+    max_exponent: int  # Emax, the exponent of the largest magnitude
+    max_mantissa: int  # fp32 mantissa bits of the largest magnitude Qp
+
+    @property
+    def max(self) -> float:
+        """Qp, the largest magnitude."""
+        return self.magnitudes[-1]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Value of each of the 16 codes, -0.0 included."""
+        return self.magnitudes + tuple(-m for m in self.magnitudes)
+
+
+class Element(str, Enum):
+    """Element format of a group."""
+
+    E2M1 = "e2m1"
+    """FP4 of OCP MX: 0 0.5 1 1.5 2 3 4 6."""
+    E3M0 = "e3m0"
+    """Powers of two: 0 0.25 0.5 1 2 4 8 16. Not an OCP format; the paper's Table 7."""
+
+    @property
+    def format(self) -> ElementFormat:
+        return _FORMATS[self]
+
+
+_FORMATS = {
+    Element.E2M1: ElementFormat((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), 1, 0, 2, 0x400000),
+    Element.E3M0: ElementFormat((0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0), 0, -2, 4, 0),
+}
+
+
+class Scaling(str, Enum):
+    """How the exponent s of a group's scale S = 2**s follows from its largest magnitude M (paper section 3.2)."""
+
+    TRUNCATION_FREE = "truncation_free"
+    """s = ceil(log2(M / Qp)): no scaled value exceeds Qp, so nothing is clipped and stochastic rounding is unbiased."""
+    FLOOR = "floor"
+    """s = floor(log2 M) - Emax (OCP MX section 6.3): one more bit of resolution for some groups, but scaled values
+    may exceed Qp, and those saturate."""
+
+
+class Rounding(str, Enum):
+    """How a scaled value y between its grid neighbours q1 < q2 becomes one of them (paper sections 3.2 and 5)."""
+
+    NEAREST = "nearest"
+    """The nearer one; a tie goes to the neighbour with the even code."""
+    STOCHASTIC = "stochastic"
+    """q2 with probability (y - q1) / (q2 - q1), so that the expectation is y."""
+    EMA = "ema"
+    """The one nearer to the weight's moving average (Q-EMA); a tie goes to q2."""

@@ -1,0 +1,119 @@
+"""`quantize_mx`: any floating-point tensor to packed MX codes and scales, along any axis, and back.
+
+Also the one place that chooses between the Triton kernels (CUDA) and the PyTorch reference (everywhere else).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .formats import Element, Rounding, Scaling
+from .philox import fresh_keys
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def backend_for(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
+    """`kernels` or `reference`, whose `quantize` and `dequantize` return the same bits.
+
+    The kernels write at most fp32 values; a result in float64 comes from the reference on every device.
+    """
+    if tensor.is_cuda and _HAS_TRITON and dtype != torch.float64:
+        from . import kernels
+
+        return kernels
+    return reference
+
+
+@dataclass(frozen=True, eq=False)
+class MXTensor:
+    """A tensor in MX format: 4.25 bits a value where the axis length is a multiple of 32."""
+
+    codes: Tensor
+    """uint8, shaped like the tensor but ceil(length / 2) along `axis`: two codes a byte, the first element in the low
+    nibble. E2M1 codes may be viewed as `torch.float4_e2m1fn_x2`. In memory `axis` is the contiguous one."""
+    scales: Tensor
+    """float8_e8m0fnu, shaped like the tensor but ceil(length / 32) along `axis`."""
+    shape: torch.Size
+    """Shape of the tensor."""
+    axis: int
+    """The axis, counted from the front, along which 32 consecutive elements share a scale."""
+    element: Element
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values, in `shape`. fp32 and bf16 hold them exactly; beyond the range of `dtype` they saturate at its
+        largest number. Groups with scale 0xFF are NaN."""
+        if not self.shape:
+            rows_shape, length = torch.Size(), 1
+        else:
+            rows_shape = self.shape[: self.axis] + self.shape[self.axis + 1 :]
+            length = self.shape[self.axis]
+        rows = rows_shape.numel()
+        codes_RB = self.codes.movedim(self.axis, -1).reshape(rows, self.codes.shape[self.axis])
+        scales_RG = self.scales.view(torch.uint8).movedim(self.axis, -1).reshape(rows, self.scales.shape[self.axis])
+        values_RL = backend_for(codes_RB, dtype).dequantize(codes_RB, scales_RG, length, self.element, dtype)
+        if not self.shape:
+            return values_RL.reshape(())
+        return values_RL.reshape(*rows_shape, length).movedim(-1, self.axis)
+
+
+def quantize_mx(
+    x: Tensor,
+    axis: int = -1,
+    element: Element | str = Element.E2M1,
+    scaling: Scaling | str = Scaling.TRUNCATION_FREE,
+    rounding: Rounding | str = Rounding.NEAREST,
+    generator: torch.Generator | None = None,
+    *,
+    key: Tensor | None = None,
+    ema: Tensor | None = None,
+) -> MXTensor:
+    """Quantize `x` in groups of 32 along `axis` (OCP MX v1.0; paper sections 3.2 and 5).
+
+    `x` may have any shape, strides and floating dtype; float64 is rounded to fp32 first. The last group of an axis
+    may be shorter than 32. Stochastic rounding takes its bits from `key`, one int64 on the device of `x`; without it
+    a key is drawn from `generator` or from the device's default generator. `ema`, shaped like `x`, is the moving
+    average that `rounding="ema"` rounds towards. A group that holds NaN or Inf becomes NaN.
+
+    Raises TypeError for a tensor that is not floating-point, IndexError for an axis out of range, ValueError for an
+    unknown element, scaling or rounding, and where `key` or `ema` does not fit the rounding.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"quantize_mx needs a floating-point tensor, got {x.dtype}; convert it with .float()")
+    element, scaling, rounding = Element(element), Scaling(scaling), Rounding(rounding)
+    if (rounding is Rounding.EMA) != (ema is not None):
+        raise ValueError(f"ema is for rounding='ema' and only for it, got rounding={rounding.value!r} and ema={ema}")
+    if ema is not None and ema.shape != x.shape:
+        raise ValueError(f"ema must have the shape of x, {tuple(x.shape)}, got {tuple(ema.shape)}")
+    if key is not None and (key.dtype != torch.int64 or key.numel() != 1 or key.device != x.device):
+        raise ValueError(f"key must be one int64 on {x.device}, got {key.numel()} {key.dtype} on {key.device}")
+    if rounding is Rounding.STOCHASTIC and key is None:
+        key = fresh_keys(1, x.device, generator)
+
+    shape = x.shape
+    x = x.detach()
+    if not shape:
+        x = x.reshape(1)
+        ema = None if ema is None else ema.reshape(1)
+    if not -x.ndim <= axis < x.ndim:
+        raise IndexError(f"axis must lie in [{-x.ndim}, {x.ndim - 1}] for a tensor of {x.ndim} axes, got {axis}")
+    axis %= x.ndim
+    rows_shape = x.shape[:axis] + x.shape[axis + 1 :]
+    x_RL = _as_rows(x, axis)
+    ema_RL = None if ema is None else _as_rows(ema.detach(), axis)
+    _, codes_RB, scales_RG = backend_for(x_RL).quantize(x_RL, element, scaling, rounding, key=key, ema_RL=ema_RL)
+    codes = codes_RB.reshape(*rows_shape, codes_RB.shape[-1]).movedim(-1, axis)
+    scales = scales_RG.reshape(*rows_shape, scales_RG.shape[-1]).movedim(-1, axis).view(torch.float8_e8m0fnu)
+    return MXTensor(codes, scales, shape, axis, element)
+
+
+def _as_rows(x: Tensor, axis: int) -> Tensor:
+    """A matrix whose rows run along `axis`; a view where the strides allow one."""
+    rows = (x.shape[:axis] + x.shape[axis + 1 :]).numel()
+    return x.movedim(axis, -1).reshape(rows, x.shape[axis])

@@ -1,0 +1,57 @@
+"""Q-EMA: the forward weight is rounded towards its moving average (paper section 5, Algorithm 1).
+
+The average damps the noise of single updates, so a weight near a rounding threshold stays on one side of it.
+The rounding itself is `Rounding.EMA` in the quantizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .linear import quant_linears
+
+
+class QEma:
+    """Advances the moving averages of a model's weights: W_ema <- beta W_ema + (1 - beta) W after every update of W.
+
+    An average that was never advanced starts at the present weight, whatever happened to the weight since the layer
+    was made (initialisation, a loaded checkpoint). Raises ValueError for a model without Q-EMA layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [layer for layer in quant_linears(model).values() if layer.recipe.q_ema_beta is not None]
+        if not self.layers:
+            raise ValueError("the model has no Q-EMA layer; build it with a recipe whose q_ema_beta is set")
+        for layer in self.layers:
+            if layer.ema_updates == 0:
+                layer.reset_ema()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Call once after every optimizer step."""
+        weights = [1 - layer.recipe.q_ema_beta for layer in self.layers]
+        averages = [layer.weight_ema for layer in self.layers]
+        masters = [layer.weight for layer in self.layers]
+        if len(set(weights)) == 1:
+            torch._foreach_lerp_(averages, masters, weights[0])
+        else:
+            for average, master, weight in zip(averages, masters, weights):
+                average.lerp_(master, weight)
+        torch._foreach_add_([layer.ema_updates for layer in self.layers], 1)
+
+
+@contextmanager
+def plain_rounding(model: nn.Module) -> Iterator[None]:
+    """Within, Q2 is the plain quantizer of the recipe, also where Q-EMA is on."""
+    layers = [layer for layer in quant_linears(model).values() if layer.use_q_ema]
+    for layer in layers:
+        layer.use_q_ema = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.use_q_ema = True

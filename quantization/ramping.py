@@ -1,0 +1,175 @@
+"""Q-Ramping: weights that oscillate are updated less often, on more data (paper section 6, Algorithm 2).
+
+`detect_oscillation` measures how much every quantized weight oscillates, `update_periods` turns that into a period
+N_w for each of its elements, and `RampingAdamW` updates the element every N_w steps with the mean gradient of these
+steps and N_w times the learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .oscillation import PathLengths
+from .q_ema import plain_rounding
+from .snapshot import rewound
+
+Batch = TypeVar("Batch")
+
+
+class RampingAdamW(torch.optim.Optimizer):
+    """AdamW in which every element of a parameter may have a period of its own.
+
+    With c the gradients accumulated in a since an element's last update, and N its period, every step does:
+
+        decay:       w <- w (1 - lr * weight_decay)
+        accumulate:  a <- a + g,  c <- c + 1                        not for a non-finite g
+        and where c is a positive multiple of N:
+            g~ = a / c
+            m <- beta1 m + (1 - beta1) g~,  v <- beta2 v + (1 - beta2) g~^2
+            w <- w - (lr * c) * m^ / (sqrt(v^) + eps)               bias correction by the global step
+            a <- 0,  c <- 0
+
+    Parameters without periods have N = 1; with N = 1 everywhere this is `torch.optim.AdamW`. Parameter groups are
+    the usual ones (timm's weight-decay groups included). Periods, accumulators and counters are part of
+    `state_dict`. They are kept in the parameter's dtype because `Optimizer.load_state_dict` casts all state to it.
+
+    Raises ValueError for a learning rate, weight decay or eps below 0 and for betas outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must lie in [0, 1), got {betas}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def set_periods(self, periods: dict[Tensor, Tensor]) -> None:
+        """Give parameters new periods: positive integers in the parameter's shape. Running counters go on.
+
+        Raises ValueError for a parameter that is not the optimizer's, a wrong shape, or a period below 1.
+        """
+        own = {p for group in self.param_groups for p in group["params"]}
+        for p, period in periods.items():
+            if p not in own:
+                raise ValueError(f"periods given for a parameter of shape {tuple(p.shape)} that is not optimized here")
+            if period.shape != p.shape or (period < 1).any():
+                raise ValueError(
+                    f"periods must be at least 1 and have the parameter's shape {tuple(p.shape)}, "
+                    f"got shape {tuple(period.shape)} and minimum {period.min().item()}"
+                )
+            state = self.state[p]
+            state["period"] = period.to(p.dtype)
+            if "grad_sum" not in state:
+                state["grad_sum"], state["grad_count"] = torch.zeros_like(p), torch.zeros_like(p)
+
+    def clear_periods(self) -> None:
+        """Drop all periods and what was accumulated under them: plain AdamW from the next step on."""
+        for state in self.state.values():
+            for name in ("period", "grad_sum", "grad_count"):
+                state.pop(name, None)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step_parameter(p, group)
+        return loss
+
+    def _step_parameter(self, p: Tensor, group: dict) -> None:
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        state, gradient = self.state[p], p.grad
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += 1
+        step = state["step"].item()  # on the CPU, as in torch.optim.AdamW: no synchronisation
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+
+        p.mul_(1 - lr * group["weight_decay"])
+        due = gradient.isfinite()
+        count = None
+        if "period" in state:
+            total, count = state["grad_sum"], state["grad_count"]
+            total += torch.where(due, gradient, 0)
+            count += due
+            due = (count > 0) & (count % state["period"] == 0)
+            gradient = total / count
+
+        new_m = m.lerp(gradient, 1 - beta1)
+        new_v = (v * beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = (new_v.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
+        numerator = new_m if count is None else new_m * count
+        new_p = p.addcdiv(numerator, denominator, value=-lr / (1 - beta1**step))
+
+        # `where`, not indexing: a boolean index on a GPU waits for the host to learn its size.
+        for old, new in ((m, new_m), (v, new_v), (p, new_p)):
+            old.copy_(torch.where(due, new, old))
+        if count is not None:
+            total.masked_fill_(due, 0)
+            count.masked_fill_(due, 0)
+
+
+def detect_oscillation(
+    model: nn.Module,
+    optimizer: RampingAdamW,
+    train_step: Callable[[Batch], object],
+    loader: Iterable[Batch],
+    steps: int = 30,
+) -> dict[nn.Parameter, Tensor]:
+    """Oscillation ratio R_w of every quantized weight over `steps` steps of plain AdamW from the present state.
+
+    `train_step(batch)` does one step of forward, backward and `optimizer.step()` on `model`, which rounds its weights
+    plainly meanwhile, also where Q-EMA is on. `loader` is gone round again if it is shorter than `steps`. Afterwards
+    model, optimizer and random generators are as if nothing had happened; give `loader` an order of its own.
+
+    Raises ValueError for a loader without a batch and for fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"detection needs at least one step, got {steps}")
+    with rewound(model, optimizer), plain_rounding(model):
+        optimizer.clear_periods()
+        paths = PathLengths(model)
+        for batch in islice(_endless(loader), steps):
+            train_step(batch)
+            paths.record()
+    return paths.ratios()
+
+
+def update_periods(
+    ratios: dict[nn.Parameter, Tensor], k1: float, k2: int, max_period: int
+) -> dict[nn.Parameter, Tensor]:
+    """N_w = min(k2 * floor(R_w / k1) + 1, max_period) for every element.
+
+    Raises ValueError unless k1 is positive, k2 is not negative and max_period is at least 1.
+    """
+    if k1 <= 0 or k2 < 0 or max_period < 1:
+        raise ValueError(f"need k1 > 0, k2 >= 0 and max_period >= 1, got {k1}, {k2} and {max_period}")
+    return {p: (k2 * (ratio / k1).floor() + 1).clamp_(max=max_period) for p, ratio in ratios.items()}
+
+
+def _endless(loader: Iterable[Batch]) -> Iterator[Batch]:
+    while True:
+        batch = None
+        for batch in loader:
+            yield batch
+        if batch is None:
+            raise ValueError("detection needs a loader with at least one batch, got an empty one")

@@ -1,0 +1,104 @@
+"""What is quantized, and how: a `Recipe` says it for the six quantizers of a linear layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+
+from .formats import Element, Rounding, Scaling
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One of Q1 .. Q6. Strings are accepted for the enums."""
+
+    enabled: bool = True
+    """False passes the operand through in the precision of the matmul."""
+    element: Element = Element.E2M1
+    scaling: Scaling = Scaling.TRUNCATION_FREE
+    rounding: Rounding = Rounding.NEAREST
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "element", Element(self.element))
+        object.__setattr__(self, "scaling", Scaling(self.scaling))
+        object.__setattr__(self, "rounding", Rounding(self.rounding))
+
+    def describe(self) -> str:
+        return f"{self.element.value}/{self.scaling.value}/{self.rounding.value}" if self.enabled else "off"
+
+
+_NEAREST = Quantizer()
+_STOCHASTIC = Quantizer(rounding=Rounding.STOCHASTIC)
+_OFF = Quantizer(enabled=False)
+_MICROSCALING = Quantizer(scaling=Scaling.FLOOR)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The six quantizers of a linear layer (paper section 3.3). `Recipe()` is TetraJet.
+
+    Raises ValueError for Q-EMA with Q2 off, for a beta outside [0, 1), and for EMA rounding set by hand.
+    """
+
+    q1: Quantizer = field(default=_NEAREST)
+    """X, groups 1x32 along D, for Y."""
+    q2: Quantizer = field(default=_NEAREST)
+    """W, groups 1x32 along D, for Y."""
+    q3: Quantizer = field(default=_STOCHASTIC)
+    """dY, groups 1x32 along C, for dX."""
+    q4: Quantizer = field(default=_STOCHASTIC)
+    """Q2(W), groups 32x1 along C, for dX."""
+    q5: Quantizer = field(default=_STOCHASTIC)
+    """dY, groups 32x1 along N, for dW."""
+    q6: Quantizer = field(default=_STOCHASTIC)
+    """Q1(X), groups 32x1 along N, for dW."""
+    double: bool = True
+    """Double quantization: Q4 and Q6 read Q2(W) and Q1(X). False: they read W and X themselves."""
+    q_ema_beta: float | None = None
+    """Decay of the weights' moving average if Q-EMA rounds them in Q2 (paper section 5), None for plain Q2."""
+
+    def __post_init__(self) -> None:
+        for name in ("q1", "q2", "q3", "q4", "q5", "q6"):
+            if getattr(self, name).rounding is Rounding.EMA:
+                raise ValueError(f"EMA rounding belongs to Q2 alone, got it for {name}; set q_ema_beta instead")
+        if self.q_ema_beta is not None:
+            if not 0 <= self.q_ema_beta < 1:
+                raise ValueError(f"q_ema_beta must lie in [0, 1), got {self.q_ema_beta}")
+            if not self.q2.enabled:
+                raise ValueError("Q-EMA replaces Q2, which this recipe switches off; enable q2 or drop q_ema_beta")
+
+    @property
+    def quantizes(self) -> bool:
+        """False if every quantizer is off, so that the layer is an ordinary linear layer."""
+        return any(q.enabled for q in (self.q1, self.q2, self.q3, self.q4, self.q5, self.q6))
+
+    def with_q_ema(self, beta: float = 0.998) -> Recipe:
+        """This recipe with Q-EMA in Q2; beta = 0.998 is the paper's default."""
+        return replace(self, q_ema_beta=beta)
+
+    def describe(self) -> str:
+        """One line: the recipe's name, or what each quantizer does where it has none."""
+        plain = replace(self, q_ema_beta=None)
+        text = next((name for name, recipe in RECIPES.items() if recipe == plain and name != "mxfp4"), None)
+        if text is None:
+            quantizers = (f"q{i}={getattr(self, f'q{i}').describe()}" for i in range(1, 7))
+            text = ", ".join((*quantizers, f"double={self.double}"))
+        return text if self.q_ema_beta is None else f"{text}, q_ema_beta={self.q_ema_beta}"
+
+    def to_dict(self) -> dict:
+        """Nested plain values, for checkpoints and logs."""
+        return asdict(
+            self, dict_factory=lambda items: {k: v.value if isinstance(v, Enum) else v for k, v in items}
+        )
+
+
+_TETRAJET = Recipe()
+
+RECIPES: dict[str, Recipe] = {
+    "none": Recipe(*[_OFF] * 6),
+    "mxfp4": _TETRAJET,
+    "tetrajet": _TETRAJET,
+    "microscaling": Recipe(*[_MICROSCALING] * 6, double=False),
+}
+"""Named recipes. `mxfp4` and `tetrajet` are one recipe; `microscaling` is the paper's baseline (Eq. 6-7): floor
+scaling, nearest rounding also in the backward pass, and Q4 and Q6 that read W and X."""

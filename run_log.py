@@ -1,0 +1,83 @@
+"""Where a run's numbers go: log.txt, TensorBoardX events, DLLogger's JSON lines, and the terminal."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from datetime import datetime
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+import distributed
+
+
+class RunLog:
+    """Writes on the main process only. Files are appended to, so that a resumed run continues them."""
+
+    def __init__(self, directory: Path, parameters: dict) -> None:
+        self.directory = directory
+        self._active = distributed.is_main()
+        if self._active:
+            self._events = SummaryWriter(str(directory / "tensorboard"))
+            self._dllogger = _dllogger(directory / "dllogger.json")
+            self._dllogger("PARAMETER", parameters)
+
+    def epoch(self, numbers: dict[str, float]) -> None:
+        """One line in log.txt and in dllogger.json, and a point on every TensorBoard curve."""
+        if not self._active:
+            return
+        with open(self.directory / "log.txt", "a", encoding="utf-8") as file:
+            file.write(json.dumps(numbers) + "\n")
+        epoch = numbers["epoch"]
+        for name, value in numbers.items():
+            if name != "epoch":
+                self._events.add_scalar(name, value, epoch)
+        self._dllogger([epoch], numbers)
+        self._events.flush()
+
+    def close(self) -> None:
+        if self._active:
+            self._events.close()
+
+
+def say(message: str) -> None:
+    """One line on the terminal, from the main process."""
+    if distributed.is_main():
+        print(message, flush=True)
+
+
+def _dllogger(path: Path):
+    """log(step, data), by NVIDIA's dllogger where it is installed, else into the same format.
+
+    PyPI's `nvidia-dllogger` is a placeholder that cannot be installed, so the package may well be absent. The format
+    is that of its JSONStreamBackend: "DLLL " and a JSON object a line.
+    """
+    if importlib.util.find_spec("dllogger") is not None:
+        dllogger = importlib.import_module("dllogger")
+        backend = dllogger.JSONStreamBackend(dllogger.Verbosity.VERBOSE, str(path), append=path.exists())
+        logger = dllogger.Logger([backend])
+
+        def log(step, data: dict) -> None:
+            logger.log(step, data)
+            logger.flush()
+
+        return log
+
+    started = datetime.now()
+
+    def log(step, data: dict) -> None:
+        now = datetime.now()
+        line = {
+            "timestamp": str(now.timestamp()),
+            "datetime": str(now),
+            "elapsedtime": str((now - started).total_seconds()),
+            "type": "LOG",
+            "step": step,
+            "data": data,
+        }
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"DLLL {json.dumps(line)}\n")
+
+    return log

@@ -1,0 +1,49 @@
+"""Fixtures for all tests. Without a GPU, Triton kernels run in Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before the kernels are imported
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.addoption("--device", default=default, help=f"device of the tests (default here: {default})")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def randn(device: torch.device):
+    """randn(*shape): normal fp32 on the test device, the same for every run of a test."""
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator, device=device)
+
+
+@pytest.fixture(scope="session")
+def assert_same_bits():
+    """assert_same_bits(actual, expected): equal shape, dtype and bits; any NaN equals any NaN."""
+
+    def check(actual: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
+        assert actual.shape == expected.shape and actual.dtype == expected.dtype, what
+        if actual.is_floating_point():
+            both_nan = actual.isnan() & expected.isnan()
+            as_bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+            different = (actual.contiguous().view(as_bits) != expected.contiguous().view(as_bits)) & ~both_nan
+        else:
+            different = actual != expected
+        count = int(different.sum())
+        if count:
+            first = tuple(different.nonzero()[0].tolist())
+            pytest.fail(f"{what}: {count} of {different.numel()} differ, first at {first}: "
+                        f"{actual[first].item()} for {expected[first].item()}")
+
+    return check

@@ -1,0 +1,138 @@
+"""The Triton kernels return the bits of the reference: compiled on a GPU, interpreted without one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from quantization import Element, Rounding, Scaling, quantize_mx
+
+triton = pytest.importorskip("triton", reason="Triton has no release for this platform")
+from quantization import kernels, reference  # noqa: E402
+
+ELEMENTS = pytest.mark.parametrize("element", list(Element))
+SCALINGS = pytest.mark.parametrize("scaling", list(Scaling))
+ROUNDINGS = pytest.mark.parametrize("rounding", list(Rounding))
+SHAPES = [(1, 1), (5, 97), (3, 32), (33, 1), (4, 64), (64, 197), (130, 300)]
+
+
+@pytest.fixture
+def compare(device, assert_same_bits):
+    """Both backends on one input: values, packed codes and scales, and back again."""
+
+    def check(x, element, scaling, rounding, dtypes=(torch.bfloat16,), active=None):
+        key = torch.randint(-(2**62), 2**62, (1,), device=x.device)
+        ema = x.float() + 0.3 * x.float().abs().mean() * torch.randn_like(x.float())
+        options = {"key": key, "ema_RL": ema if rounding is Rounding.EMA else None, "ema_active": active}
+        for dtype in dtypes:
+            expected = reference.quantize(x, element, scaling, rounding, values_dtype=dtype, **options)
+            got = kernels.quantize(x, element, scaling, rounding, values_dtype=dtype, **options)
+            for name, a, b in zip(got._fields, got, expected):
+                assert_same_bits(a, b, f"{name} in {dtype}")
+            back = [
+                backend.dequantize(expected.codes_RB, expected.scales_RG, x.shape[1], element, dtype)
+                for backend in (kernels, reference)
+            ]
+            assert_same_bits(back[0], back[1], f"dequantize to {dtype}")
+            assert_same_bits(back[1], expected.values_RL.contiguous(), f"codes and values in {dtype}")
+
+    return check
+
+
+def test_kernels_are_compiled_on_a_gpu_and_interpreted_without(device):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    assert interpreted == (device.type == "cpu")
+    assert isinstance(kernels._quantize_kernel, triton.runtime.JITFunction) != interpreted
+
+
+@ELEMENTS
+@SCALINGS
+@ROUNDINGS
+@pytest.mark.parametrize("transposed", [False, True])
+def test_odd_shapes_both_ways(element, scaling, rounding, transposed, randn, compare):
+    for rows, length in SHAPES:
+        x = randn(length, rows).T if transposed else randn(rows, length)
+        compare(x * 2.0 ** (10 * rows % 37 - 18), element, scaling, rounding)
+
+
+@ELEMENTS
+@SCALINGS
+@ROUNDINGS
+def test_every_bf16_pattern(element, scaling, rounding, device, compare):
+    """All 65,536 patterns, first sorted so that groups are alike, then shuffled so that groups span all binades."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).to(device)
+    compare(patterns.view(-1, 64), element, scaling, rounding)
+    finite = patterns[patterns.isfinite()]
+    shuffled = finite[torch.randperm(finite.numel(), device=device)]
+    compare(shuffled[: shuffled.numel() // 40 * 40].view(-1, 40), element, scaling, rounding)
+
+
+@ELEMENTS
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(element, source, randn, compare):
+    x = (randn(60, 70) * torch.exp2(randn(60, 1) * 8)).to(source)
+    compare(x, element, Scaling.FLOOR, Rounding.NEAREST, dtypes=(torch.float32, torch.bfloat16, torch.float16))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@ROUNDINGS
+def test_random_fp32_bit_patterns(rounding, transposed, device, compare):
+    """10**7 on a GPU: any bits at all in one half, one exponent a group in the other. 2 * 10**4 where interpreted."""
+    rows, length = (2500, 4000) if device.type == "cuda" else (50, 400)
+    bits = torch.randint(-(2**31), 2**31 - 1, (rows, length), dtype=torch.int32, device=device)
+    bits[::2] = bits[::2] & ~0x7F800000 | torch.randint(0, 255, (rows // 2, 1), dtype=torch.int32, device=device) << 23
+    x = bits.view(torch.float32)
+    for element in Element:
+        for scaling in Scaling:
+            compare(x.T if transposed else x, element, scaling, rounding, dtypes=(torch.float32,))
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_q_ema_switch_on_the_device(active, randn, device, compare):
+    switch = torch.tensor(active, device=device)
+    compare(randn(40, 70), Element.E2M1, Scaling.TRUNCATION_FREE, Rounding.EMA, active=switch)
+
+
+def test_every_scale_byte(device, assert_same_bits):
+    codes = torch.arange(256, dtype=torch.uint8, device=device).repeat(256, 1)[:, :16].contiguous()
+    scales = torch.arange(256, dtype=torch.uint8, device=device).view(256, 1)
+    for element in Element:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            a = kernels.dequantize(codes, scales, 32, element, dtype)
+            b = reference.dequantize(codes, scales, 32, element, dtype)
+            assert_same_bits(a, b, f"{element} to {dtype}")
+            assert b[255].isnan().all() and b[:255].isfinite().all()
+
+
+def test_empty(device):
+    for shape in ((0, 40), (4, 0)):
+        got = kernels.quantize(
+            torch.empty(shape, device=device),
+            Element.E2M1,
+            Scaling.FLOOR,
+            Rounding.NEAREST,
+            values_dtype=torch.bfloat16,
+        )
+        assert got.values_RL.shape == shape and got.codes_RB.shape == (shape[0], (shape[1] + 1) // 2)
+
+
+def test_quantize_mx_gives_the_same_bits_on_cpu_and_device(randn, device):
+    x, key = randn(33, 197), torch.tensor([12345])
+    for rounding in ("nearest", "stochastic"):
+        for axis in (0, 1):
+            on_device = quantize_mx(x, axis=axis, rounding=rounding, key=key.to(device))
+            on_cpu = quantize_mx(x.cpu(), axis=axis, rounding=rounding, key=key)
+            assert torch.equal(on_device.codes.cpu(), on_cpu.codes)
+            assert torch.equal(on_device.scales.view(torch.uint8).cpu(), on_cpu.scales.view(torch.uint8))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="2**31 elements take a GPU's memory")
+def test_more_than_2_31_elements(device, assert_same_bits):
+    x = torch.empty(2**16 + 7, 2**15 + 3, dtype=torch.bfloat16, device=device).normal_()
+    key = torch.tensor([9], device=device)
+    got = kernels.quantize(x, Element.E2M1, Scaling.TRUNCATION_FREE, Rounding.NEAREST, key=key)
+    expected = reference.quantize(x[-64:], Element.E2M1, Scaling.TRUNCATION_FREE, Rounding.NEAREST, key=key)
+    assert_same_bits(got.codes_RB[-64:], expected.codes_RB)
+    assert_same_bits(got.scales_RG[-64:], expected.scales_RG)

@@ -1,0 +1,34 @@
+"""The installed Vision Transformer, whose models take `quant=Recipe`; and one small DeiT.
+
+`quant` swaps the four linears of every transformer block for `quantization.QuantLinear`. Every model that builds on
+the class takes it too, the DeiT family (`timm/models/deit.py`, installed) among them.
+"""
+
+from quantization import Recipe, swap_linears
+from timm._overlay import run_installed
+
+run_installed(globals())
+
+_installed = dict(globals())
+_cfg, _create, _register = (_installed[n] for n in ("_cfg", "_create_vision_transformer", "register_model"))
+
+
+class VisionTransformer(_installed["VisionTransformer"]):
+    """The installed class plus `quant`. Raises ValueError if no block has the four linears."""
+
+    def __init__(self, *args, quant: Recipe | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if quant is not None:
+            swap_linears(self, quant)
+
+
+_installed["default_cfgs"].update(
+    _installed["generate_default_cfgs"]({"deit_micro_patch4_32": _cfg(input_size=(3, 32, 32), num_classes=10)})
+)
+
+
+@_register
+def deit_micro_patch4_32(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """A DeiT of 0.4 M parameters that two CPU cores train in minutes: 32 px, patches of 4, 128 wide, 2 blocks."""
+    args = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 2, "num_heads": 4}
+    return _create("deit_micro_patch4_32", pretrained=pretrained, **{**args, **kwargs})
