@@ -145,7 +145,8 @@ class _MXLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):
         recipe, dtype = ctx.recipe, ctx.matmul_dtype
-        saved_x, saved_w = ctx.saved_tensors[: ctx.num_saved_x], ctx.saved_tensors[ctx.num_saved_x :]
+        saved = ctx.saved_tensors  # read once: checkpointing recomputes the forward pass for it
+        saved_x, saved_w = saved[: ctx.num_saved_x], saved[ctx.num_saved_x :]
         num_in = ctx.x_shape[-1]
         dy_NC = dy.reshape(-1, dy.shape[-1])
         # Fresh for every layer, operand and backward pass: micro-batches and ranks round independently.

@@ -1,0 +1,404 @@
+"""The linear layer: exact operands, unbiased gradients, saved bits, key handling, recipes, module behaviour."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from quantization import (
+    RECIPES,
+    QEma,
+    QuantLinear,
+    Quantizer,
+    Recipe,
+    Rounding,
+    Scaling,
+    quant_linears,
+    quantize_mx,
+    swap_linears,
+)
+
+OFF = Quantizer(enabled=False)
+ALL_NEAREST = Recipe(*[Quantizer()] * 6)
+"""Deterministic double quantization: the gradients can be compared exactly."""
+
+
+def make(recipe: Recipe, device, in_features=70, out_features=45, bias=True) -> QuantLinear:
+    torch.manual_seed(1)
+    return QuantLinear(in_features, out_features, bias, device=device, recipe=recipe)
+
+
+def gradients(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(layer(x), (x, *layer.parameters()), dy)
+
+
+@pytest.fixture
+def problem(randn):
+    """Input with an outlier channel, and an output gradient; 3 x 17 tokens, no axis a multiple of 32."""
+    x = randn(3, 17, 70)
+    x[..., 5] *= 30
+    return x.requires_grad_(), randn(3, 17, 45) * torch.exp(3 * randn(3, 17, 1))
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+def test_off_recipe_is_nn_linear(problem, device):
+    x, dy = problem
+    layer = make(RECIPES["none"], device)
+    plain = nn.Linear(70, 45, device=device)
+    plain.load_state_dict(layer.state_dict())
+    assert relative_error(layer(x), plain(x).double()) < 1e-6
+    for got, expected in zip(gradients(layer, x, dy), gradients(plain, x, dy)):
+        assert relative_error(got, expected.double()) < 1e-6
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("scaling", list(Scaling))
+def test_three_matmuls_of_six_quantized_operands(double, scaling, problem, device):
+    """Every operand rebuilt with `quantize_mx`, multiplied in float64."""
+    q = Quantizer(scaling=scaling)
+    layer = make(Recipe(*[q] * 6, double=double), device)
+    x, dy = problem
+    x2, dy2, w = x.detach().reshape(-1, 70), dy.reshape(-1, 45), layer.weight.detach()
+
+    def quantized(t, axis):
+        return quantize_mx(t, axis=axis, scaling=scaling).dequantize()
+
+    q1, q2 = quantized(x2, 1), quantized(w, 1)
+    q3, q5 = quantized(dy2, 1), quantized(dy2, 0)
+    q4, q6 = quantized(q2 if double else w, 0), quantized(q1 if double else x2, 0)
+    y = q1.double() @ q2.double().T + layer.bias.double()
+    expected = ((q3.double() @ q4.double()).view_as(x), q5.double().T @ q6.double(), dy2.double().sum(0))
+    assert relative_error(layer(x).reshape(-1, 45), y) < 1e-6
+    for got, want in zip(gradients(layer, x, dy), expected):
+        assert relative_error(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("index", range(1, 7))
+def test_each_quantizer_switches_off_alone(index, problem, device):
+    x, dy = problem
+    x2, dy2 = x.detach().reshape(-1, 70), dy.reshape(-1, 45)
+    layer = make(replace(ALL_NEAREST, **{f"q{index}": OFF}), device)
+
+    def q(number, t, axis):
+        return t if number == index else quantize_mx(t, axis=axis).dequantize()
+
+    q1, q2 = q(1, x2, 1), q(2, layer.weight.detach(), 1)
+    dx = q(3, dy2, 1).double() @ q(4, q2, 0).double()
+    dw = q(5, dy2, 0).double().T @ q(6, q1, 0).double()
+    y = q1.double() @ q2.double().T + layer.bias.double()
+    assert relative_error(layer(x).reshape(-1, 45), y) < 1e-6
+    got = gradients(layer, x, dy)
+    assert relative_error(got[0].reshape(-1, 70), dx) < 1e-6
+    assert relative_error(got[1], dw) < 1e-6
+
+
+def mean_gradient_errors(recipe: Recipe, device, problem, counts=(16, 256)) -> list[tuple[float, float]]:
+    """Relative errors of the mean of n draws of (dX, dW) against the straight-through gradient, for n in `counts`."""
+    x, dy = problem
+    dy = dy / dy.norm(dim=-1, keepdim=True)  # many tokens of one size: the error of a mean has little spread
+    layer = make(recipe, device)
+    x2, dy2 = x.detach().reshape(-1, 70), dy.reshape(-1, 45).double()
+    scaling = recipe.q1.scaling
+    q1 = quantize_mx(x2, scaling=scaling).dequantize().double()
+    q2 = quantize_mx(layer.weight, scaling=scaling).dequantize().double()
+    expected = ((dy2 @ q2).view_as(x), dy2.T @ q1)
+    torch.manual_seed(0)
+    y, sums, errors = layer(x), [0, 0], []
+    for draw in range(1, max(counts) + 1):
+        for i, g in enumerate(torch.autograd.grad(y, (x, layer.weight), dy, retain_graph=True)):
+            sums[i] = sums[i] + g.double()
+        if draw in counts:
+            errors.append(tuple(relative_error(s / draw, e) for s, e in zip(sums, expected)))
+    return errors
+
+
+def test_tetrajet_gradients_are_unbiased(problem, device):
+    """From 16 to 256 draws the error of the mean falls by sqrt(16) = 4; within 15 %, for dX and dW."""
+    few, many = mean_gradient_errors(Recipe(), device, problem)
+    for before, after in zip(few, many):
+        assert before / after == pytest.approx(4, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPES["microscaling"],
+        replace(Recipe(), double=False),
+        Recipe(*[Quantizer()] * 2, *[Quantizer(scaling=Scaling.FLOOR, rounding=Rounding.STOCHASTIC)] * 4),
+    ],
+    ids=["microscaling", "direct", "floor"],
+)
+def test_microscaling_choices_leave_a_bias(recipe, problem, device):
+    """Nearest rounding, direct quantization or a clipping scale: more draws do not help at the 1/sqrt(n) rate."""
+    few, many = mean_gradient_errors(recipe, device, problem)
+    assert any(before / after < 3 for before, after in zip(few, many))
+    assert max(many) > 0.01
+
+
+def test_bias_gradient_is_the_unquantized_sum_in_fp32(problem, device):
+    x, dy = problem
+    db = gradients(make(Recipe(), device), x, dy)[2]
+    assert db.dtype == torch.float32
+    assert relative_error(db, dy.double().sum((0, 1))) < 1e-6
+
+
+def test_saved_operands_take_4_25_bits(device, randn):
+    layer = make(Recipe(), device, 256, 128)
+    x = randn(64, 256).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    assert {t.dtype for t in saved} == {torch.uint8}
+    assert 8 * sum(t.nbytes for t in saved) == 4.25 * (x.numel() + layer.weight.numel())
+
+
+def test_nothing_is_saved_without_gradients(device, randn):
+    layer, x = make(Recipe(), device), randn(4, 70)
+    with torch.no_grad():
+        y = layer(x)
+    assert y.grad_fn is None and torch.equal(y, layer(x).detach())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_repeats_every_bit(use_reentrant, problem, device):
+    x, dy = problem
+    model = nn.Sequential(make(Recipe(), device), nn.GELU(), nn.Dropout(0.3), make(Recipe(), device, 45, 45))
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(5)
+        y = checkpoint(model, x, use_reentrant=use_reentrant) if checkpointed else model(x)
+        model.zero_grad()
+        x.grad = None
+        y.backward(dy)
+        results.append((y.detach(), x.grad, *(p.grad for p in model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_saved_tensor_hooks_see_the_operands(problem, device):
+    x, dy = problem
+    layer = make(Recipe(), device)
+    torch.manual_seed(2)
+    expected = gradients(layer, x, dy)
+    torch.manual_seed(2)
+    with torch.autograd.graph.save_on_cpu():
+        y = layer(x)
+    for a, b in zip(torch.autograd.grad(y, (x, *layer.parameters()), dy), expected):
+        assert torch.equal(a, b)
+
+
+def test_every_backward_pass_layer_and_operand_has_its_own_key(problem, device, monkeypatch):
+    from quantization import linear
+
+    drawn = []
+    fresh = linear.fresh_keys
+    monkeypatch.setattr(linear, "fresh_keys", lambda *args: drawn.append(fresh(*args)) or drawn[-1])
+    x, dy = problem
+    first, second = make(Recipe(), device), make(Recipe(), device, 45, 45)
+    torch.manual_seed(9)
+    for _ in range(2):
+        second(first(x)).backward(dy)
+    keys = torch.cat(drawn)
+    assert keys.numel() == 2 * 2 * 4 and keys.unique().numel() == keys.numel()
+    torch.manual_seed(9)
+    second(first(x)).backward(dy)
+    assert torch.equal(torch.cat(drawn[-2:]), keys[:8])  # the generator's state repeats them
+
+
+def test_stochastic_forward_rounding_works(problem, device):
+    x, _ = problem
+    noisy = Quantizer(rounding=Rounding.STOCHASTIC)
+    layer = make(replace(Recipe(), q1=noisy, q2=noisy), device)
+    assert not torch.equal(layer(x), layer(x))
+    assert not torch.equal(layer.quantized_weight(), layer.quantized_weight())
+
+
+def test_bf16_and_autocast(problem, device):
+    """Under autocast the operands are the same MX numbers, so only the output's rounding to bf16 differs."""
+    x, dy = problem
+    layer = make(ALL_NEAREST, device)
+    full = layer(x).detach()
+    with torch.autocast(device.type, torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y, full.double()) < 2**-8
+    got = torch.autograd.grad(y, (x, *layer.parameters()), dy.bfloat16())
+    expected = gradients(layer, x, dy.bfloat16().float())
+    for a, b in zip(got, expected):
+        assert a.dtype == torch.float32 and relative_error(a, b.double()) < 2**-8
+    half = copy.deepcopy(layer).bfloat16()
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_non_finite_input_is_never_a_silent_number(problem, device):
+    x, _ = problem
+    x = x.detach().clone()
+    x[1, 2, 3] = torch.inf
+    y = make(Recipe(), device)(x)
+    assert y[1, 2].isnan().all() and y[0].isfinite().all() and y[1, 3].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(70,), (1, 70), (0, 70), (2, 197, 70), (2, 3, 5, 70)])
+def test_any_number_of_leading_axes(shape, randn, device):
+    x = randn(*shape).requires_grad_()
+    layer = make(Recipe(), device)
+    y = layer(x)
+    assert y.shape == (*shape[:-1], 45)
+    (y * randn(*y.shape)).sum().backward()
+    assert x.grad.shape == shape and layer.weight.grad.isfinite().all()
+
+
+def test_expanded_gradient_and_transposed_input(randn, device):
+    layer = make(Recipe(), device)
+    x = randn(70, 40).T.requires_grad_()
+    layer(x).sum().backward()
+    assert torch.allclose(layer.bias.grad, torch.full((45,), 40.0, device=device))
+
+
+def test_frozen_parts_get_no_gradient(randn, device):
+    layer = make(Recipe(), device)
+    layer.weight.requires_grad_(False)
+    x = randn(8, 70)
+    layer(x).square().sum().backward()
+    assert layer.weight.grad is None and layer.bias.grad is not None
+    layer.bias.requires_grad_(False)
+    assert not layer(x).requires_grad
+
+
+def test_wrong_channels_are_refused(device):
+    with pytest.raises(ValueError, match=r"last axis must have 70 channels, got \(2, 71\)"):
+        make(Recipe(), device)(torch.ones(2, 71, device=device))
+
+
+class TestModule:
+    def test_shares_parameters_and_state_dict_keys_of_nn_linear(self):
+        linear = nn.Linear(8, 4).eval()
+        layer = QuantLinear.from_linear(linear, Recipe())
+        assert layer.weight is linear.weight and layer.bias is linear.bias and not layer.training
+        assert layer.state_dict().keys() == linear.state_dict().keys()
+        assert QuantLinear.from_linear(nn.Linear(8, 4, bias=False), Recipe()).bias is None
+
+    def test_loads_a_checkpoint_without_averages(self):
+        linear = nn.Linear(8, 4)
+        layer = QuantLinear(8, 4, recipe=Recipe().with_q_ema())
+        layer.ema_updates += 5
+        layer.load_state_dict(linear.state_dict())
+        assert torch.equal(layer.weight_ema, linear.weight) and layer.ema_updates == 0
+        layer.weight_ema += 1
+        other = QuantLinear(8, 4, recipe=Recipe().with_q_ema())
+        other.load_state_dict(layer.state_dict())
+        assert torch.equal(other.weight_ema, layer.weight_ema)
+
+    def test_says_its_recipe(self):
+        assert "tetrajet, q_ema_beta=0.998" in repr(QuantLinear(8, 4, recipe=Recipe().with_q_ema()))
+        assert "q3=off" in repr(QuantLinear(8, 4, recipe=replace(Recipe(), q3=OFF)))
+
+    def test_swap_takes_the_named_layers_only(self):
+        model = nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": nn.Linear(4, 4), "fc10": nn.Linear(4, 4)})})
+        swap_linears(model, Recipe(), names=("mlp.fc1",))
+        assert list(quant_linears(model)) == ["mlp.fc1"]
+        with pytest.raises(ValueError, match="no linear layer named attn.q"):
+            swap_linears(model, Recipe(), names=("attn.q",))
+        assert swap_linears(nn.Linear(2, 2), RECIPES["none"]).__class__ is nn.Linear
+
+
+class TestQEma:
+    def test_starts_at_the_present_weight_and_follows_algorithm_1(self, device):
+        layer = make(Recipe().with_q_ema(0.9), device)
+        nn.init.normal_(layer.weight)
+        start = layer.weight.detach().clone()
+        q_ema = QEma(layer)
+        assert torch.equal(layer.weight_ema, start)
+        expected = start.double()
+        for step in range(3):
+            with torch.no_grad():
+                layer.weight += 0.1 * (step + 1)
+            q_ema.update()
+            expected = 0.9 * expected + 0.1 * layer.weight.detach().double()
+        assert relative_error(layer.weight_ema, expected) < 1e-6
+        assert layer.ema_updates == 3 and layer.weight_ema.dtype == torch.float32
+
+    def test_is_used_from_the_tenth_update_on_in_training_and_evaluation(self, randn, device):
+        layer = make(Recipe().with_q_ema(0.5), device)
+        q_ema = QEma(layer)
+        layer.weight_ema.add_(randn(45, 70))
+        plain = quantize_mx(layer.weight).dequantize()
+        for update in range(1, 12):
+            q_ema.update()
+            expected = plain if update < 10 else quantize_mx(layer.weight, rounding="ema", ema=layer.weight_ema).dequantize()
+            assert torch.equal(layer.quantized_weight(), expected), update
+            x = randn(5, 70)
+            want = make(RECIPES["none"], device)
+            want.load_state_dict({"weight": expected, "bias": layer.bias})
+            x1 = quantize_mx(x).dequantize()
+            for training in (True, False):
+                assert relative_error(layer.train(training)(x), want(x1).double()) < 1e-6
+        assert not torch.equal(layer.quantized_weight(), plain)
+
+    def test_only_q2_changes(self, problem, device):
+        """dX reads Q4 of the averaged Q2; dW does not see the average at all."""
+        x, dy = problem
+        layer = make(replace(ALL_NEAREST, q_ema_beta=0.5), device)
+        plain = make(ALL_NEAREST, device)
+        layer.weight_ema.add_(0.1)
+        layer.ema_updates.fill_(10)
+        got, expected = gradients(layer, x, dy), gradients(plain, x, dy)
+        assert not torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1]) and torch.equal(got[2], expected[2])
+
+    def test_needs_a_q_ema_layer(self, device):
+        with pytest.raises(ValueError, match="no Q-EMA layer"):
+            QEma(make(Recipe(), device))
+
+
+class TestRecipe:
+    def test_defaults_are_the_papers(self):
+        r = Recipe()
+        assert [q.rounding for q in (r.q1, r.q2)] == [Rounding.NEAREST] * 2
+        assert [q.rounding for q in (r.q3, r.q4, r.q5, r.q6)] == [Rounding.STOCHASTIC] * 4
+        assert r.double and all(q.scaling is Scaling.TRUNCATION_FREE for q in (r.q1, r.q2, r.q3, r.q4, r.q5, r.q6))
+        assert RECIPES["mxfp4"] == RECIPES["tetrajet"] == r
+        m = RECIPES["microscaling"]
+        assert not m.double and {q.rounding for q in (m.q1, m.q3, m.q6)} == {Rounding.NEAREST}
+        assert m.q5.scaling is Scaling.FLOOR and not RECIPES["none"].quantizes
+
+    def test_strings_and_plain_values(self):
+        import json
+
+        q = Quantizer(element="e3m0", scaling="floor", rounding="stochastic")
+        assert q.rounding is Rounding.STOCHASTIC
+        content = json.loads(json.dumps(Recipe(q1=q).to_dict()))
+        assert content["q1"] == {"enabled": True, "element": "e3m0", "scaling": "floor", "rounding": "stochastic"}
+
+    @pytest.mark.parametrize(
+        ("make_it", "message"),
+        [
+            (lambda: Recipe(q_ema_beta=1.0), r"q_ema_beta must lie in \[0, 1\), got 1.0"),
+            (lambda: Recipe(q2=OFF, q_ema_beta=0.9), "Q-EMA replaces Q2"),
+            (lambda: Recipe(q3=Quantizer(rounding="ema")), "EMA rounding belongs to Q2 alone, got it for q3"),
+            (lambda: Quantizer(element="e4m3"), "e4m3"),
+        ],
+    )
+    def test_contradictions_are_refused(self, make_it, message):
+        with pytest.raises(ValueError, match=message):
+            make_it()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can wait for its host")
+def test_no_host_synchronisation(device, randn):
+    layer = make(Recipe().with_q_ema(), device)
+    x, dy = randn(64, 70).requires_grad_(), randn(64, 45)
+    layer(x).backward(dy)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).backward(dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

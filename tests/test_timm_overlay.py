@@ -1,0 +1,134 @@
+"""The overlay: what is ours, what is the installed release's, and which linears a recipe swaps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import timm
+from quantization import RECIPES, QuantLinear, Recipe, quant_linears
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+INSTALLED = Path(timm.__path__[1])
+BLOCK = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def test_ours_and_theirs():
+    """Every module of the installed release resolves, and to the installed file unless we have one of that name."""
+    ours = {p.relative_to(REPOSITORY / "timm") for p in (REPOSITORY / "timm").rglob("*.py")}
+    assert ours == {Path(p) for p in ("__init__.py", "_overlay.py", "models/__init__.py", "models/vision_transformer.py")}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name.split(".")[0] != "timm" or file is None:
+            continue
+        expected = REPOSITORY / "timm" if Path(file).is_relative_to(REPOSITORY / "timm") else INSTALLED
+        assert Path(file).is_relative_to(expected)
+        if expected != INSTALLED:
+            assert Path(file).relative_to(expected) in ours
+    assert len([name for name in sys.modules if name.startswith("timm.")]) > 100
+
+
+def test_untouched_names_are_the_installed_releases_own():
+    """Compared with a process that never sees this repository."""
+    listing = (
+        "import timm, timm.models.vision_transformer as v, inspect; "
+        "print(timm.__version__); print(*sorted(timm.list_models())); "
+        "print(*sorted(n for n, o in vars(v).items() if inspect.isclass(o) or inspect.isfunction(o)))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", listing], cwd=INSTALLED.parent, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert timm.__version__ == out[0]
+    assert set(timm.list_models()) - set(out[1].split()) == {"deit_micro_patch4_32"}
+    assert set(out[1].split()) <= set(timm.list_models())
+    module = sys.modules["timm.models.vision_transformer"]
+    assert set(out[2].split()) <= set(vars(module))
+    assert timm.data.Mixup.__module__ == "timm.data.mixup" and Path(timm.data.__file__).is_relative_to(INSTALLED)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "depth"),
+    [
+        ("deit_tiny_patch16_224", 192, 12),
+        ("deit_small_patch16_224", 384, 12),
+        ("deit_base_patch16_224", 768, 12),
+        ("deit_tiny_distilled_patch16_224", 192, 12),
+        ("deit_small_distilled_patch16_224", 384, 12),
+        ("deit_base_distilled_patch16_224", 768, 12),
+        ("deit3_small_patch16_224", 384, 12),
+        ("vit_tiny_patch16_224", 192, 12),
+        ("deit_micro_patch4_32", 128, 2),
+    ],
+)
+def test_which_linears_change_and_which_stay(name, dim, depth):
+    model = timm.create_model(name, quant=Recipe(), num_classes=7)
+    expected = {f"blocks.{i}.{layer}" for i in range(depth) for layer in BLOCK}
+    assert set(quant_linears(model)) == expected
+    shapes = {"attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim), "mlp.fc1": (4 * dim, dim), "mlp.fc2": (dim, 4 * dim)}
+    for layer, shape in shapes.items():
+        assert tuple(model.blocks[0].get_submodule(layer).weight.shape) == shape
+    plain = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, QuantLinear)}
+    assert plain == ({"head", "head_dist"} if "distilled" in name else {"head"})
+    assert isinstance(model.patch_embed.proj, nn.Conv2d)
+
+
+def test_without_a_recipe_the_model_is_stock_and_weights_are_the_same():
+    for quant in (None, RECIPES["none"]):
+        assert not quant_linears(timm.create_model("deit_tiny_patch16_224", quant=quant))
+    torch.manual_seed(0)
+    stock = timm.create_model("deit_tiny_patch16_224").state_dict()
+    torch.manual_seed(0)
+    quantized = timm.create_model("deit_tiny_patch16_224", quant=Recipe().with_q_ema()).state_dict()
+    assert all(torch.equal(stock[k], quantized[k]) for k in stock)
+    assert {k.rpartition(".")[2] for k in quantized.keys() - stock.keys()} == {"weight_ema", "ema_updates"}
+
+
+def test_facebooks_deit_checkpoints_load(tmp_path):
+    """Their files hold {"model": state_dict} with the names of 2021; here one with random weights of that layout."""
+    dim, depth = 192, 12
+    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, 197, dim), "norm.weight": (dim,), "norm.bias": (dim,)}
+    shapes |= {"patch_embed.proj.weight": (dim, 3, 16, 16), "patch_embed.proj.bias": (dim,)}
+    shapes |= {"head.weight": (1000, dim), "head.bias": (1000,)}
+    for i in range(depth):
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"blocks.{i}.{norm}.weight": (dim,), f"blocks.{i}.{norm}.bias": (dim,)}
+        for layer, out, inp in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)):
+            shapes |= {f"blocks.{i}.{layer}.weight": (out * dim, inp * dim), f"blocks.{i}.{layer}.bias": (out * dim,)}
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    path = tmp_path / "deit_tiny_patch16_224-a1311bcf.pth"
+    torch.save({"model": weights}, path)
+    for recipe in (Recipe(), Recipe().with_q_ema()):
+        model = timm.create_model("deit_tiny_patch16_224", quant=recipe, checkpoint_path=str(path))
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
+
+
+def test_a_model_with_other_layers_is_refused():
+    with pytest.raises(TypeError, match="quant"):
+        timm.create_model("resnet18", quant=Recipe())
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        ("sys.path[:] = [p for p in sys.path if 'site-packages' not in p]", "timm >= 1.0.20 must be installed beside"),
+        ("import importlib.metadata as m; m.version = lambda n: '0.9.16'", "timm >= 1.0.20 is required, got 0.9.16"),
+    ],
+    ids=["missing", "too old"],
+)
+def test_a_missing_or_old_timm_is_a_clear_error(prepare, message):
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; {prepare}; import timm"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert result.returncode == 1 and message in result.stderr.splitlines()[-1]
+
+
+def test_models_survive_pickling(tmp_path):
+    model = timm.create_model("deit_micro_patch4_32", quant=Recipe())
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert loaded.blocks[0].mlp.fc1.recipe == Recipe()
