@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Prepare a Python environment for this project. Running it again does nothing.
+#   bash scripts/setup.sh          makes .venv, or leaves an active environment alone that has the requirements
+#   source scripts/setup.sh        the same, and leaves it active in your shell
+# PYTHON=python3.12 chooses the interpreter of a new .venv.
+
+_tetrajet_setup() {
+    local root python
+    root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return
+    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python "$root/scripts/check_requirements.py" --quiet; then
+        return 0
+    fi
+    if [ ! -x "$root/.venv/bin/python" ] || ! "$root/.venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        python="${PYTHON:-python3}"
+        if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "setup.sh: error: Python 3.10 or newer is needed, $python is not; set PYTHON=/path/to/python3.12" >&2
+            return 2
+        fi
+        echo "setup.sh: making .venv with $("$python" --version)"
+        rm -rf "$root/.venv"
+        if ! "$python" -m venv "$root/.venv"; then
+            echo "setup.sh: error: $python cannot make a virtual environment; on Debian: apt install python3-venv" >&2
+            return 2
+        fi
+    fi
+    # shellcheck disable=SC1091
+    source "$root/.venv/bin/activate" || return
+    if ! python "$root/scripts/check_requirements.py" --quiet; then
+        echo "setup.sh: installing requirements.txt, several GB with PyTorch's CUDA libraries: some minutes"
+        if ! python -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt"; then
+            echo "setup.sh: error: pip could not install requirements.txt; see its message above" >&2
+            return 1
+        fi
+        python "$root/scripts/check_requirements.py" || return 1
+    fi
+}
+
+_tetrajet_setup
+_tetrajet_status=$?
+unset -f _tetrajet_setup
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then exit "$_tetrajet_status"; fi
+return "$_tetrajet_status"

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# The one body of the train_deit_*.sh scripts: bash scripts/train.sh SIZE VARIANT [main.py's options ...]
+#   SIZE      tiny, small or base
+#   VARIANT   mxfp4, mxfp4_q_ema or mxfp4_q_ramping
+# With DATA_PATH, the directory of ImageNet's train/ and val/: the paper's 90 epochs on all GPUs, 4 of them by its
+# recipe. Without it: the same model for one epoch of scikit-learn's digits, to see that everything works.
+# NUM_GPUS limits the GPUs. Options at the end override the script's.
+set -euo pipefail
+
+size="$1" variant="$2"
+shift 2
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/scripts/setup.sh"
+
+# Paper, appendix: 256 images on each of 4 GPUs at lr 5e-4 for T and S, 128 at 2.5e-4 for B; lr scales with the batch.
+# Q-EMA's beta and Q-Ramping's k2 are the tuned ones.
+case "$size" in
+tiny) batch=256 lr=5e-4 beta=0.9983 k2=5 ;;
+small) batch=256 lr=5e-4 beta=0.9972 k2=5 ;;
+base) batch=128 lr=2.5e-4 beta=0.999 k2=5 ;;
+*) echo "train.sh: error: SIZE must be tiny, small or base, got $size" >&2 && exit 2 ;;
+esac
+options=(--model "deit_${size}_patch16_224" --quant mxfp4)
+case "$variant" in
+mxfp4) ;;
+mxfp4_q_ema) options+=(--q-ema --q-ema-beta "$beta") ;;
+mxfp4_q_ramping) options+=(--q-ramping --q-ramping-k1 16 --q-ramping-k2 "$k2") ;;
+*) echo "train.sh: error: VARIANT must be mxfp4, mxfp4_q_ema or mxfp4_q_ramping, got $variant" >&2 && exit 2 ;;
+esac
+
+cd "$root"
+if [ -z "${DATA_PATH:-}" ]; then
+    echo "DATA_PATH is not set: one short epoch of $size on scikit-learn's digits at 32 px, not ImageNet."
+    echo "For the real run: DATA_PATH=/path/to/imagenet bash $0 $size $variant"
+    exec python main.py "${options[@]}" --data-set DIGITS --input-size 32 --batch-size 128 --lr 5e-4 --epochs 1 \
+        --warmup-epochs 0 "$@"
+fi
+gpus="${NUM_GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}"
+if [ "$gpus" -eq 0 ]; then
+    echo "train.sh: error: ImageNet training needs a GPU, PyTorch finds none; unset DATA_PATH for a try on the CPU" >&2
+    exit 2
+fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's processes share the cores with their loaders
+exec torchrun --standalone --nproc_per_node "$gpus" main.py "${options[@]}" --data-set IMNET --data-path "$DATA_PATH" \
+    --epochs 90 --batch-size "$batch" --lr "$lr" "$@"
