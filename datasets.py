@@ -13,16 +13,17 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as T
 
 import distributed
 from errors import UserError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from timm.data.distributed_sampler import RepeatAugSampler
 
 SMALL_IMAGE = 32  # up to this input size an image is cropped by a few pixels, not resized at random
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # DeiT's choice
 CALIBRATION_ORDER = 1_000_000  # offset of Q-Ramping's shuffles, which must not repeat the training order
 
 _LIGHT = {
@@ -199,16 +200,19 @@ def _open(config: DataConfig, training: bool) -> tuple[Dataset, int]:
 def _transform(config: DataConfig, info: DataSetInfo, training: bool):
     size = config.input_size
     if training:
-        transform = create_transform(
-            size,
-            is_training=True,
-            hflip=info.flip,
-            color_jitter=config.color_jitter or None,
-            auto_augment=None if config.aa == "none" else config.aa,
-            interpolation="bicubic",
-            re_prob=config.reprob,
-            re_mode="pixel",
-        )
+        try:
+            transform = create_transform(
+                size,
+                is_training=True,
+                hflip=info.flip,
+                color_jitter=config.color_jitter or None,
+                auto_augment=None if config.aa == "none" else config.aa,
+                interpolation="bicubic",
+                re_prob=config.reprob,
+                re_mode="pixel",
+            )
+        except (AssertionError, ValueError) as error:
+            raise UserError(f"--aa must be none or one of timm's, such as {RAND_AUGMENT}, got {config.aa!r}") from error
         if size <= SMALL_IMAGE:
             resize = T.Resize((size, size), T.InterpolationMode.BICUBIC)
             transform.transforms[0] = T.Compose([resize, T.RandomCrop(size, padding=info.padding)])

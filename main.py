@@ -14,6 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timm.data import Mixup
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -21,7 +25,7 @@ from tqdm import tqdm
 import checkpoint
 import distributed
 import timm
-from datasets import CALIBRATION_ORDER, DATA_SETS, DataConfig, Loaders, build_loaders, set_epoch
+from datasets import CALIBRATION_ORDER, DATA_SETS, RAND_AUGMENT, DataConfig, Loaders, build_loaders, set_epoch
 from engine import TrainStep, evaluate, train_one_epoch
 from errors import NonFiniteLoss, UserError
 from losses import DistillationLoss, base_criterion
@@ -36,10 +40,6 @@ from quantization import (
     update_periods,
 )
 from run_log import RunLog, say
-from timm.data import Mixup
-from timm.optim import param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
 
 # DeiT's recipe (Touvron et al. 2021, Table 9) over the paper's 90 epochs. A data set may differ: datasets.DATA_SETS.
 DEFAULTS = {
@@ -56,7 +56,7 @@ DEFAULTS = {
     "smoothing": 0.1,
     "mixup": 0.8,
     "cutmix": 1.0,
-    "aa": "rand-m9-mstd0.5-inc1",
+    "aa": RAND_AUGMENT,
     "color_jitter": 0.3,
     "reprob": 0.25,
     "repeats": 3,
@@ -143,7 +143,9 @@ def build_parser() -> Parser:
     recipe_option(group, "--warmup-epochs", count, "length of the warm-up")
     recipe_option(group, "--weight-decay", amount, "not on biases, norms, tokens and position embeddings")
     recipe_option(group, "--smoothing", number(float, 0, 1, open_high=True), "label smoothing")
-    recipe_option(group, "--model-ema-decay", number(float, 0, 1, open_high=True), "moving average of the model; 0: none")
+    recipe_option(
+        group, "--model-ema-decay", number(float, 0, 1, open_high=True), "moving average of the model; 0: none"
+    )
     group.add_argument("--seed", type=count, default=0, help="default: 0")
 
     group = parser.add_argument_group("distillation")
@@ -154,9 +156,13 @@ def build_parser() -> Parser:
     group.add_argument("--teacher-path", type=Path, metavar="PATH", help="the teacher's weights")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
     group.add_argument("--output-dir", type=Path, metavar="DIR", help="default: runs/TIME-MODEL-QUANT")
-    group.add_argument("--resume", metavar="PATH", help="go on from this checkpoint; auto: the last one in --output-dir")
+    group.add_argument(
+        "--resume", metavar="PATH", help="go on from this checkpoint; auto: the last one in --output-dir"
+    )
     group.add_argument("--eval", action="store_true", help="evaluate --resume or --finetune and stop")
     return parser
 
@@ -224,7 +230,9 @@ def build_model(name: str, num_classes: int, input_size: int, drop_path: float, 
         model = timm.create_model(name, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         if recipe.quantizes and "quant" in str(error):
-            raise UserError(f"--quant needs a Vision Transformer of timm (deit_*, vit_*), got --model {name}") from error
+            raise UserError(
+                f"--quant needs a Vision Transformer of timm (deit_*, vit_*), got --model {name}"
+            ) from error
         raise UserError(f"--model {name} cannot be built for --input-size {input_size}: {error}") from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
     if input_size < patch[0] or input_size % patch[0]:
@@ -334,38 +342,57 @@ def run(args: argparse.Namespace) -> None:
         reprob=args.reprob,
     )
     loaders = build_loaders(data)
-    num_classes = loaders.num_classes
-    if args.num_classes not in (None, num_classes):
-        raise UserError(f"--num-classes {args.num_classes} does not fit the data, which has {num_classes} classes")
+    if args.num_classes not in (None, loaders.num_classes):
+        raise UserError(
+            f"--num-classes {args.num_classes} does not fit the data, which has {loaders.num_classes} classes"
+        )
 
     seed = args.seed * distributed.world_size() + distributed.rank()
     torch.manual_seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     random.seed(seed)
-    model = build_model(args.model, num_classes, args.input_size, args.drop_path, recipe)
+    model = build_model(args.model, loaders.num_classes, args.input_size, args.drop_path, recipe)
     if args.finetune:
         checkpoint.load_weights(model, args.finetune)
     model.to(device)
-
     identity = {
         "model": args.model,
-        "number of classes": num_classes,
+        "number of classes": loaders.num_classes,
         "input size": args.input_size,
         "recipe": recipe.describe(),
     }
-    resume = find_resume(args)
     if args.eval:
-        if resume is None and not args.finetune:
-            raise UserError(f"--eval --resume auto needs {args.output_dir / checkpoint.LAST}, which is missing")
-        if resume is not None:
-            model.load_state_dict(checkpoint.load(resume, identity)["model"])
-        say(json.dumps({f"test_{name}": value for name, value in evaluate(model, loaders.val, device).items()}))
-        return
+        evaluate_only(args, model, identity, loaders, device)
+    else:
+        train(args, model, identity, data, loaders, device)
 
+
+def evaluate_only(
+    args: argparse.Namespace, model: nn.Module, identity: dict, loaders: Loaders, device: torch.device
+) -> None:
+    """Print the held-out numbers as one JSON object; write nothing."""
+    resume = find_resume(args)
+    if resume is not None:
+        model.load_state_dict(checkpoint.load(resume, identity)["model"])
+    elif not args.finetune:
+        raise UserError(f"--eval --resume auto needs {args.output_dir / checkpoint.LAST}, which is missing")
+    say(json.dumps({f"test_{name}": value for name, value in evaluate(model, loaders.val, device).items()}))
+
+
+def train(
+    args: argparse.Namespace,
+    model: nn.Module,
+    identity: dict,
+    data: DataConfig,
+    loaders: Loaders,
+    device: torch.device,
+) -> None:
+    """Everything is checked before the output directory is made."""
+    resume = find_resume(args)
     identity["optimizer"] = "RampingAdamW" if args.q_ramping else "AdamW"
     identity["model average"] = args.model_ema_decay > 0
     state = checkpoint.load(resume, identity) if resume else None
-    criterion = build_criterion(args, model, num_classes, device)
+    criterion = build_criterion(args, model, loaders.num_classes, device)
     parallel = model
     if distributed.world_size() > 1:
         # Averages and counters advance alike on every rank, so buffers need no broadcast.
@@ -379,7 +406,7 @@ def run(args: argparse.Namespace) -> None:
     )
     mixup = None
     if args.mixup + args.cutmix > 0:
-        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
+        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=loaders.num_classes)
     step = TrainStep(parallel, criterion, optimizer, device, mixup)
     ramping = None
     if args.q_ramping:
@@ -389,47 +416,60 @@ def run(args: argparse.Namespace) -> None:
     if state is not None:
         progress.restore(state)
 
-    directory = open_output(args)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    log = RunLog(directory, settings | {"torch": torch.__version__, "timm": timm.__version__})
-    say(f"model   {args.model}: {num_parameters:,} parameters, {len(quant_linears(model))} linears in {args.quant}")
-    say(f"recipe  {recipe.describe()}")
-    if q_ema and ramping:
-        say("note    the paper does not study Q-EMA and Q-Ramping together (C.4); detection measures plain rounding")
-    images = f"{len(loaders.train.dataset):,} training and {distributed_size(loaders):,} held-out images"
-    say(f"data    {args.data_set}: {images} of {args.input_size} px, {num_classes} classes")
-    say(f"run     {directory} on {distributed.world_size()} x {device.type}, batch {args.batch_size} each")
-    if progress.epoch:
-        say(f"resume  {resume}, {progress.epoch} of {args.epochs} epochs done")
-
     def after_step() -> None:
         if q_ema is not None:
             q_ema.update()
         if model_ema is not None:
             model_ema.update(model)
 
-    say(TABLE_HEAD)
-    for epoch in range(progress.epoch, args.epochs):
-        # The first detection comes after T_update = one epoch of steps.
-        extra = ramping.before_epoch(epoch) if ramping and epoch > 0 else {}
-        set_epoch(loaders.train, data, epoch)
-        numbers = {"epoch": epoch, **train_one_epoch(step, loaders.train, epoch, args.epochs, after_step)}
-        scheduler.step(epoch + 1)
-        tested = evaluate(model, loaders.val, device)
-        numbers |= {f"test_{name}": value for name, value in tested.items()}
-        if model_ema is not None:
-            averaged = evaluate(model_ema.module, loaders.val, device)
-            numbers |= {f"ema_{name}": value for name, value in averaged.items()}
-        numbers |= {"n_parameters": num_parameters, **extra}
-        progress.epoch = epoch + 1
-        is_best = tested["acc1"] > progress.best_acc1
-        progress.best_acc1 = max(progress.best_acc1, tested["acc1"])
-        progress.save(directory, is_best)
-        log.epoch(numbers)
-        say(table_row(numbers, args.epochs))
-    log.close()
+    directory = open_output(args)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    describe(args, model, identity["recipe"], loaders, device, directory, num_parameters)
+    if state is not None:
+        say(f"resume  {resume}, {progress.epoch} of {args.epochs} epochs done")
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    with RunLog(directory, settings | {"torch": torch.__version__, "timm": timm.__version__}) as log:
+        say(TABLE_HEAD)
+        for epoch in range(progress.epoch, args.epochs):
+            # The first detection comes after T_update = one epoch of steps.
+            extra = ramping.before_epoch(epoch) if ramping and epoch > 0 else {}
+            set_epoch(loaders.train, data, epoch)
+            numbers = {"epoch": epoch, **train_one_epoch(step, loaders.train, epoch, args.epochs, after_step)}
+            scheduler.step(epoch + 1)
+            tested = evaluate(model, loaders.val, device)
+            numbers |= {f"test_{name}": value for name, value in tested.items()}
+            if model_ema is not None:
+                averaged = evaluate(model_ema.module, loaders.val, device)
+                numbers |= {f"ema_{name}": value for name, value in averaged.items()}
+            numbers |= {"n_parameters": num_parameters, **extra}
+            is_best = tested["acc1"] > progress.best_acc1
+            progress.epoch, progress.best_acc1 = epoch + 1, max(progress.best_acc1, tested["acc1"])
+            progress.save(directory, is_best)
+            log.epoch(numbers)
+            say(table_row(numbers, args.epochs))
     say(f"best top-1 {progress.best_acc1:.2f} %; checkpoints and logs in {directory}")
+
+
+def describe(
+    args: argparse.Namespace,
+    model: nn.Module,
+    recipe: str,
+    loaders: Loaders,
+    device: torch.device,
+    directory: Path,
+    num_parameters: int,
+) -> None:
+    """What is about to run, in a few lines."""
+    held_out = sum(distributed.gather(len(loaders.val.dataset)))
+    say(f"model   {args.model}: {num_parameters:,} parameters, {len(quant_linears(model))} linears in {args.quant}")
+    say(f"recipe  {recipe}")
+    if args.q_ema and args.q_ramping:
+        say("note    the paper does not study Q-EMA and Q-Ramping together (C.4); detection measures plain rounding")
+    say(
+        f"data    {args.data_set}: {len(loaders.train.dataset):,} training and {held_out:,} held-out images "
+        f"of {args.input_size} px, {loaders.num_classes} classes"
+    )
+    say(f"run     {directory} on {distributed.world_size()} x {device.type}, batch {args.batch_size} each")
 
 
 TABLE_HEAD = f"{'epoch':>8} {'train loss':>11} {'test loss':>10} {'top-1 %':>8} {'top-5 %':>8} {'img/s':>8} {'lr':>8}"
@@ -444,11 +484,6 @@ def table_row(numbers: dict[str, float], epochs: int) -> str:
     if "oscillating" in numbers:
         row += f"   {numbers['oscillating']:.2f} % oscillate, mean period {numbers['mean_period']:.2f}"
     return row
-
-
-def distributed_size(loaders: Loaders) -> int:
-    """Held-out images over all processes."""
-    return sum(distributed.gather(len(loaders.val.dataset)))
 
 
 def main(argv: list[str] | None = None) -> int:

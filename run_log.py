@@ -37,7 +37,10 @@ class RunLog:
         self._dllogger([epoch], numbers)
         self._events.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         if self._active:
             self._events.close()
 

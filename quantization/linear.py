@@ -196,9 +196,7 @@ class QuantLinear(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: Recipe) -> QuantLinear:
         """A layer that shares the parameters of `linear`."""
-        layer = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, device="meta", recipe=recipe
-        )
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta", recipe=recipe)
         layer.weight, layer.bias = linear.weight, linear.bias
         if layer.use_q_ema:
             layer._register_ema()

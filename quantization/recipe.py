@@ -87,9 +87,7 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """Nested plain values, for checkpoints and logs."""
-        return asdict(
-            self, dict_factory=lambda items: {k: v.value if isinstance(v, Enum) else v for k, v in items}
-        )
+        return asdict(self, dict_factory=lambda items: {k: v.value if isinstance(v, Enum) else v for k, v in items})
 
 
 _TETRAJET = Recipe()

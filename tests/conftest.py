@@ -43,7 +43,9 @@ def assert_same_bits():
         count = int(different.sum())
         if count:
             first = tuple(different.nonzero()[0].tolist())
-            pytest.fail(f"{what}: {count} of {different.numel()} differ, first at {first}: "
-                        f"{actual[first].item()} for {expected[first].item()}")
+            pytest.fail(
+                f"{what}: {count} of {different.numel()} differ, first at {first}: "
+                f"{actual[first].item()} for {expected[first].item()}"
+            )
 
     return check

@@ -21,7 +21,9 @@ BLOCK = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 def test_ours_and_theirs():
     """Every module of the installed release resolves, and to the installed file unless we have one of that name."""
     ours = {p.relative_to(REPOSITORY / "timm") for p in (REPOSITORY / "timm").rglob("*.py")}
-    assert ours == {Path(p) for p in ("__init__.py", "_overlay.py", "models/__init__.py", "models/vision_transformer.py")}
+    assert ours == {
+        Path(p) for p in ("__init__.py", "_overlay.py", "models/__init__.py", "models/vision_transformer.py")
+    }
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if name.split(".")[0] != "timm" or file is None:

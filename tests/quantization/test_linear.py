@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from quantization import (
     RECIPES,
     QEma,
-    QuantLinear,
     Quantizer,
+    QuantLinear,
     Recipe,
     Rounding,
     Scaling,
@@ -332,7 +332,9 @@ class TestQEma:
         plain = quantize_mx(layer.weight).dequantize()
         for update in range(1, 12):
             q_ema.update()
-            expected = plain if update < 10 else quantize_mx(layer.weight, rounding="ema", ema=layer.weight_ema).dequantize()
+            expected = (
+                plain if update < 10 else quantize_mx(layer.weight, rounding="ema", ema=layer.weight_ema).dequantize()
+            )
             assert torch.equal(layer.quantized_weight(), expected), update
             x = randn(5, 70)
             want = make(RECIPES["none"], device)

@@ -40,8 +40,10 @@ class Net(nn.Module):
 def make(device, recipe: Recipe | None = None):
     torch.manual_seed(0)
     net = Net(recipe or Recipe()).to(device)
-    optimizer = RampingAdamW([{"params": [net.fc1.weight, net.fc2.weight]},
-                              {"params": [net.fc1.bias, net.fc2.bias], "weight_decay": 0.0}], **OPTIONS)
+    optimizer = RampingAdamW(
+        [{"params": [net.fc1.weight, net.fc2.weight]}, {"params": [net.fc1.bias, net.fc2.bias], "weight_decay": 0.0}],
+        **OPTIONS,
+    )
 
     def step(batch: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad()

@@ -1,0 +1,339 @@
+"""The command line as a user meets it: training, logs, resuming, evaluation, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import timm
+from main import build_parser, main, parse_args
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = ["--quant", "mxfp4", "--epochs", "2", "--batch-size", "360", "--device", "cpu", "--warmup-epochs", "0"]
+ALL = ["--q-ema", "--q-ramping", "--q-ramping-steps", "3"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A FOLDER data set: two classes, five images each way."""
+    generator = np.random.default_rng(0)
+    for half in ("train", "val"):
+        for label, brightness in (("dark", 0), ("light", 128)):
+            directory = tmp_path / "images" / half / label
+            directory.mkdir(parents=True)
+            for i in range(5):
+                pixels = generator.integers(brightness, brightness + 127, (40, 30, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(directory / f"{i}.png")
+    return tmp_path / "images"
+
+
+class TestTraining:
+    def test_logs_checkpoints_and_caveat(self, capsys):
+        assert main([*TINY, *ALL, "--model-ema-decay", "0.9", "--output-dir", "out"]) == 0
+        printed = capsys.readouterr().out
+        assert "the paper does not study Q-EMA and Q-Ramping together" in printed
+        assert "8 linears in mxfp4" in printed and "tetrajet, q_ema_beta=0.998" in printed
+        log = lines_of(Path("out/log.txt"))
+        wanted = {"epoch", "train_loss", "test_loss", "test_acc1", "test_acc5", "lr", "n_parameters", "img_per_s"}
+        assert [line["epoch"] for line in log] == [0, 1] and wanted <= log[0].keys()
+        assert "oscillating" not in log[0] and log[1]["mean_period"] >= 1
+        assert "ema_acc1" in log[0] and log[0]["n_parameters"] == sum(
+            p.numel() for p in timm.create_model("deit_micro_patch4_32", img_size=8, num_classes=10).parameters()
+        )
+        dll = Path("out/dllogger.json").read_text().splitlines()
+        assert all(line.startswith("DLLL {") for line in dll)
+        records = [json.loads(line[5:]) for line in dll]
+        assert records[0]["step"] == "PARAMETER" and records[0]["data"]["quant"] == "mxfp4"
+        assert records[1]["step"] == [0] and records[1]["data"] == log[0]
+        assert {"timestamp", "datetime", "elapsedtime", "type"} <= records[1].keys()
+        assert list(Path("out/tensorboard").glob("events.*"))
+        assert Path("out/checkpoint.pth").is_file() and Path("out/best_checkpoint.pth").is_file()
+
+    @pytest.mark.parametrize("extra", [[], ["--q-ema"], ALL, ["--mixup", "0.8", "--cutmix", "1.0"]], ids=str)
+    def test_resume_repeats_an_uninterrupted_run_bit_for_bit(self, extra, capsys):
+        arguments = [*TINY, *extra, "--drop-path", "0.2", "--model-ema-decay", "0.9"]
+        assert main([*arguments, "--output-dir", "whole"]) == 0
+        # The same run, stopped after its first epoch by an interrupt in the second.
+        script = (
+            "import sys, main, engine\n"
+            "train = main.train_one_epoch\n"
+            "def stop(step, loader, epoch, *rest):\n"
+            "    if epoch == 1: raise KeyboardInterrupt\n"
+            "    return train(step, loader, epoch, *rest)\n"
+            "main.train_one_epoch = stop\n"
+            "sys.exit(main.main(sys.argv[1:]))\n"
+        )
+        env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, "-c", script, *arguments, "--output-dir", "parts"]
+        result = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert result.returncode == 130 and "--resume auto goes on" in result.stderr
+        assert len(lines_of(Path("parts/log.txt"))) == 1
+        assert main([*arguments, "--output-dir", "parts", "--resume", "auto"]) == 0
+        whole, parts = (torch.load(f"{d}/checkpoint.pth", weights_only=True) for d in ("whole", "parts"))
+        for part in ("model", "model_ema"):
+            assert all(torch.equal(parts[part][k], v) for k, v in whole[part].items())
+        for key, state in whole["optimizer"]["state"].items():
+            assert all(torch.equal(parts["optimizer"]["state"][key][k], v) for k, v in state.items())
+        timing = {"img_per_s"}
+        for a, b in zip(lines_of(Path("whole/log.txt")), lines_of(Path("parts/log.txt"))):
+            assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+
+    def test_resume_auto_starts_where_there_is_nothing(self):
+        assert main([*TINY, "--epochs", "1", "--output-dir", "new", "--resume", "auto"]) == 0
+        assert Path("new/checkpoint.pth").is_file()
+
+    def test_eval_repeats_the_last_epoch_and_writes_nothing(self, capsys):
+        assert main([*TINY, "--epochs", "1", "--output-dir", "out"]) == 0
+        before = sorted(p.stat().st_mtime_ns for p in Path("out").rglob("*"))
+        capsys.readouterr()
+        assert main([*TINY, "--eval", "--resume", "out/checkpoint.pth"]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        log = lines_of(Path("out/log.txt"))[-1]
+        assert result == {name: log[name] for name in ("test_loss", "test_acc1", "test_acc5")}
+        assert before == sorted(p.stat().st_mtime_ns for p in Path("out").rglob("*")) and not Path("runs").exists()
+        assert main([*TINY, "--eval", "--finetune", "out/checkpoint.pth"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+
+    def test_default_output_directory(self):
+        assert main([*TINY, "--epochs", "1"]) == 0
+        assert [re.sub(r"\d+-\d+", "TIME", p.name) for p in Path("runs").iterdir()] == [
+            "TIME-deit_micro_patch4_32-mxfp4"
+        ]
+
+    def test_finetune_keeps_a_new_head(self, folder):
+        small = timm.create_model("deit_micro_patch4_32", img_size=8, num_classes=10)
+        torch.save({"model": small.state_dict()}, "weights.pth")
+        options = ["--data-set", "FOLDER", "--data-path", str(folder), "--batch-size", "4", "--input-size", "8"]
+        options += ["--model", "deit_micro_patch4_32", "--num-workers", "0", "--repeats", "1", "--epochs", "1"]
+        assert main([*options, "--finetune", "weights.pth", "--output-dir", "out", "--device", "cpu"]) == 0
+
+    @pytest.mark.parametrize("kind", ["soft", "hard"])
+    def test_distillation(self, kind):
+        teacher = timm.create_model("deit_micro_patch4_32", img_size=32, num_classes=10)
+        torch.save(teacher.state_dict(), "teacher.pth")
+        options = ["--model", "deit_tiny_distilled_patch16_224", "--input-size", "32", "--distillation-type", kind]
+        options += ["--teacher-model", "deit_micro_patch4_32", "--teacher-path", "teacher.pth"]
+        assert main([*TINY, *options, "--epochs", "1", "--output-dir", "out"]) == 0
+
+    def test_every_quant_choice_trains(self):
+        for quant in ("none", "microscaling", "tetrajet"):
+            assert main([*TINY, "--quant", quant, "--epochs", "1", "--output-dir", quant]) == 0
+
+    def test_same_seed_same_run_other_seed_other_run(self):
+        for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+            assert main([*TINY, "--epochs", "1", "--seed", seed, "--output-dir", name]) == 0
+        a, b, c = (lines_of(Path(name, "log.txt"))[0]["train_loss"] for name in "abc")
+        assert a == b != c
+
+
+def test_two_processes_train_alike(capsys):
+    """torchrun with gloo: both ranks hold the same weights, averages and periods at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = (
+        "import sys, hashlib, main, checkpoint, distributed\n"
+        "save = checkpoint.Run.save\n"
+        "def told(self, directory, best):\n"
+        "    digest = hashlib.sha256()\n"
+        "    for state in (self.model.state_dict(), *self.optimizer.state.values()):\n"
+        "        for value in state.values(): digest.update(value.numpy().tobytes())\n"
+        "    print('hash', distributed.rank(), digest.hexdigest(), flush=True)\n"
+        "    save(self, directory, best)\n"
+        "checkpoint.Run.save = told\n"
+        "sys.exit(main.main(sys.argv[1:]))\n"
+    )
+    Path("two.py").write_text(script)
+    arguments = [*TINY, *ALL, "--batch-size", "180", "--output-dir", "out"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={port}", "two.py"]
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    hashes = re.findall(r"hash (\d) (\w+)", result.stdout)
+    assert len(hashes) == 4
+    for epoch in range(2):
+        assert len({digest for _, digest in hashes[2 * epoch : 2 * epoch + 2]}) == 1
+    log = lines_of(Path("out/log.txt"))
+    assert len(log) == 2 and "360 held-out images" in result.stdout
+    assert main([*TINY, "--q-ema", "--eval", "--resume", "out/checkpoint.pth"]) == 0
+    capsys.readouterr()
+
+
+MISTAKES = {
+    "batch size 0": (["--batch-size", "0"], r"--batch-size: needs a whole number at least 1, got '0'"),
+    "epochs": (["--epochs", "two"], r"--epochs: needs a whole number at least 1, got 'two'"),
+    "lr": (["--lr", "nan"], r"--lr: needs a number at least 0, got 'nan'"),
+    "lr infinite": (["--lr", "inf"], r"--lr: needs a number at least 0, got 'inf'"),
+    "drop path": (["--drop-path", "1"], r"--drop-path: needs a number from 0 to 1, exclusive, got '1'"),
+    "unknown option": (["--bits", "4"], r"unrecognized arguments: --bits 4"),
+    "unknown quant": (["--quant", "fp3"], r"invalid choice: 'fp3'"),
+    "unknown model": (["--model", "deit_smal_patch16_224"], r"did you mean deit_small_patch16_224"),
+    "hopeless model": (["--model", "zzz"], r"--model must be a model of timm, got 'zzz'"),
+    "cnn": (
+        ["--quant", "mxfp4", "--model", "resnet18"],
+        r"--quant needs a Vision Transformer .*, got --model resnet18",
+    ),
+    "input size": (["--input-size", "9"], r"multiple of deit_micro_patch4_32's patch size 4, got 9"),
+    "tiny input": (["--model", "deit_tiny_patch16_224", "--input-size", "8"], r"(multiple|cannot be built).* 8"),
+    "no data path": (["--data-set", "FOLDER"], r"--data-set FOLDER needs --data-path"),
+    "missing path": (["--data-set", "IMNET", "--data-path", "nowhere"], r"must be a directory, got nowhere"),
+    "empty path": (["--data-set", "IMNET", "--data-path", "."], r"must hold train/ and val/, found no train/"),
+    "empty fashion": (["--data-set", "FASHION", "--data-path", "."], r"must hold train-images-idx3-ubyte or .*\.gz"),
+    "empty cifar": (["--data-set", "CIFAR10", "--data-path", "."], r"must hold cifar-10-batches-py"),
+    "classes": (["--num-classes", "5"], r"--num-classes 5 does not fit the data, which has 10 classes"),
+    "large batch": (["--batch-size", "5000"], r"at least one batch: DIGITS gives 1437 training images"),
+    "gpu": (["--device", "cuda"], r"--device cuda needs a GPU"),
+    "q-ema alone": (["--q-ema"], r"--q-ema rounds quantized weights, got --quant none"),
+    "q-ramping alone": (["--q-ramping"], r"--q-ramping needs quantized weights, got --quant none"),
+    "beta alone": (["--quant", "mxfp4", "--q-ema-beta", "0.9"], r"--q-ema-beta 0.9 has no effect without --q-ema"),
+    "k2 alone": (["--quant", "mxfp4", "--q-ramping-k2", "4"], r"--q-ramping-k2 4 has no effect without --q-ramping"),
+    "odd mixup": (["--mixup", "0.8", "--batch-size", "7"], r"--batch-size must be even, got 7"),
+    "teacher": (["--distillation-type", "soft"], r"needs --teacher-model and --teacher-path"),
+    "resume what": (["--resume", "nothing.pth"], r"a checkpoint must be a file, got nothing.pth"),
+    "resume auto": (["--resume", "auto"], r"--resume auto looks into --output-dir"),
+    "both": (["--resume", "a", "--finetune", "b"], r"give one of them"),
+    "eval what": (["--eval"], r"--eval needs weights; give --resume or --finetune"),
+    "eval auto": (
+        ["--eval", "--resume", "auto", "--output-dir", "none"],
+        r"needs none/checkpoint.pth, which is missing",
+    ),
+    "output is a file": (
+        ["--output-dir", "a-file"],
+        r"--output-dir must be a directory that can be written, got a-file",
+    ),
+    "augmentation": (["--aa", "sharpen"], r"--aa must be none or one of timm's, .* got 'sharpen'"),
+}
+
+
+def fails(arguments: list[str], message: str, capsys) -> None:
+    """Exit code 2, one line that matches, no file written or changed."""
+    before = {p: p.stat().st_mtime_ns for p in Path().rglob("*")}
+    try:
+        code = main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    error = capsys.readouterr().err.strip()
+    assert code == 2, error
+    assert error.startswith("main.py: error: ") and "\n" not in error
+    assert re.search(message, error), error
+    assert before == {p: p.stat().st_mtime_ns for p in Path().rglob("*")}
+
+
+class TestMistakes:
+    @pytest.mark.parametrize("name", MISTAKES)
+    def test_one_line_exit_code_2_nothing_written(self, name, capsys):
+        if name == "gpu" and torch.cuda.is_available():
+            pytest.skip("this machine has the GPU")
+        Path("a-file").write_text("")
+        fails(*MISTAKES[name], capsys)
+
+    def test_in_a_real_process_too(self):
+        command = [sys.executable, str(REPOSITORY / "main.py"), "--data-set", "FOLDER", "--data-path", "nowhere"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 2 and result.stdout == "" and len(result.stderr.splitlines()) == 1
+
+    def test_folders_that_do_not_fit(self, folder, capsys):
+        base = ["--data-path", str(folder), "--num-workers", "0", "--data-set"]
+        fails([*base, "IMNET"], "IMNET has 1000 classes, .* has 2; use --data-set FOLDER", capsys)
+        (folder / "val" / "grey").mkdir()
+        fails([*base, "FOLDER"], "must hold the same classes; only one of them has grey", capsys)
+        (folder / "train" / "grey").mkdir()
+        fails([*base, "FOLDER"], "every class must be a folder with images in it", capsys)
+
+    def test_resume_of_something_else(self, capsys):
+        assert main([*TINY, "--epochs", "1", "--output-dir", "out"]) == 0
+        assert main([*TINY, "--epochs", "1", "--quant", "none", "--output-dir", "other"]) == 0
+        capsys.readouterr()
+        ours = ["--resume", "out/checkpoint.pth"]
+        fails(
+            [*TINY, *ours, "--q-ema"], "same recipe: this run has tetrajet, q_ema_beta=0.998, .* has tetrajet;", capsys
+        )
+        fails([*TINY, *ours, "--quant", "microscaling"], "same recipe: this run has microscaling", capsys)
+        fails([*TINY, *ours, "--q-ramping"], "same optimizer: this run has RampingAdamW", capsys)
+        fails([*TINY, *ours, "--model", "deit_tiny_patch16_224", "--input-size", "32"], "same model", capsys)
+        fails([*TINY, *ours, "--input-size", "16"], "same input size", capsys)
+        fails([*TINY, *ours, "--model-ema-decay", "0.9"], "same model average", capsys)
+        fails([*TINY, "--eval", "--resume", "other/checkpoint.pth"], "same recipe", capsys)
+        fails([*TINY, "--output-dir", "out"], "out holds a run; pass --resume auto", capsys)
+        torch.save({"model": {}}, "stock.pth")
+        fails([*TINY, "--resume", "stock.pth"], "stock.pth is none. Weights of a stock model go to --finetune", capsys)
+        torch.save([1, 2], "list.pth")
+        fails([*TINY, "--resume", "list.pth"], "it holds a list", capsys)
+        Path("text.pth").write_text("hello")
+        fails([*TINY, "--resume", "text.pth"], "not a readable checkpoint", capsys)
+        Path("cut.pth").write_bytes(Path("out/checkpoint.pth").read_bytes()[:5000])
+        fails([*TINY, "--resume", "cut.pth"], "not a readable checkpoint", capsys)
+
+    def test_weights_that_do_not_fit(self, capsys):
+        torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), "tiny.pth")
+        fails([*TINY, "--finetune", "tiny.pth"], "does not fit the model", capsys)
+        torch.save({"head.weight": torch.zeros(10, 128)}, "head.pth")
+        fails([*TINY, "--finetune", "head.pth"], "does not fit the model: it lacks", capsys)
+        torch.save({"epoch": 3}, "numbers.pth")
+        fails([*TINY, "--finetune", "numbers.pth"], "is neither", capsys)
+
+    def test_a_teacher_for_a_student_without_its_token(self, capsys):
+        torch.save(timm.create_model("deit_micro_patch4_32", img_size=8).state_dict(), "t.pth")
+        options = ["--distillation-type", "hard", "--teacher-model", "deit_micro_patch4_32", "--teacher-path", "t.pth"]
+        fails([*TINY, *options], "needs a model with a distillation token", capsys)
+
+    def test_a_loss_that_is_not_finite(self, capsys):
+        assert main([*TINY, "--lr", "1e30", "--epochs", "3", "--output-dir", "out"]) == 1
+        error = capsys.readouterr().err.strip()
+        assert re.search(r"diverged: .* not finite at epoch \d, step \d, learning rate [\d.e+]+; lower --lr", error)
+
+
+def test_options_are_these():
+    """An option is a promise: adding or removing one changes this list, the README and a test."""
+    options = {flag for action in build_parser()._actions for flag in action.option_strings if flag.startswith("--")}
+    assert options == set(
+        """--help --quant --q-ema --q-ema-beta --q-ramping --q-ramping-k1 --q-ramping-k2 --q-ramping-steps
+        --model --drop-path --finetune --data-set --data-path --download --num-classes --input-size --num-workers
+        --repeats --aa --color-jitter --reprob --mixup --cutmix --epochs --batch-size --lr --min-lr --warmup-lr
+        --warmup-epochs --weight-decay --smoothing --model-ema-decay --seed --distillation-type --distillation-alpha
+        --distillation-tau --teacher-model --teacher-path --device --output-dir --resume --eval""".split()
+    )
+
+
+def test_defaults_are_deits_recipe_on_imagenet():
+    args = parse_args(["--data-set", "IMNET", "--data-path", "x"])
+    wanted = {"model": "deit_small_patch16_224", "epochs": 90, "batch_size": 256, "lr": 5e-4, "min_lr": 1e-5}
+    wanted |= {"warmup_lr": 1e-6, "warmup_epochs": 5, "weight_decay": 0.05, "drop_path": 0.1, "smoothing": 0.1}
+    wanted |= {"mixup": 0.8, "cutmix": 1.0, "aa": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "reprob": 0.25}
+    wanted |= {"repeats": 3, "model_ema_decay": 0.99996, "q_ema_beta": 0.998, "q_ramping_k1": 16, "q_ramping_k2": 5}
+    assert {name: getattr(args, name) for name in wanted} == wanted
+
+
+def test_checkpoint_is_written_in_one_piece(tmp_path, monkeypatch):
+    """A crash while writing leaves the checkpoint of before."""
+    assert main([*TINY, "--epochs", "1", "--output-dir", "out"]) == 0
+    before = Path("out/checkpoint.pth").read_bytes()
+
+    def crash(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint.torch, "save", crash)
+    with pytest.raises(OSError, match="disk full"):
+        main([*TINY, "--epochs", "2", "--output-dir", "out", "--resume", "auto"])
+    assert Path("out/checkpoint.pth").read_bytes() == before
