@@ -56,15 +56,39 @@ def _output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
-def _rounded_values(x_RL: Tensor, q: Quantizer, key: Tensor, dtype: torch.dtype) -> Tensor:
-    """The operand of a backward matmul, [R, L] in `dtype`: quantized along the rows of `x_RL`, or as it is."""
+def _forward_operand(
+    x_RL: Tensor,
+    q: Quantizer,
+    dtype: torch.dtype,
+    key: Tensor | None = None,
+    pack: bool = False,
+    ema_RL: Tensor | None = None,
+    ema_active: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Q1 or Q2: the operand of the forward matmul in `dtype`, and what the backward pass keeps of it: codes and
+    scales if `pack` asks for them, else the operand as it came."""
+    if not q.enabled:
+        return x_RL.to(dtype), (x_RL,)
+    values_RL, codes_RB, scales_RG = backend_for(x_RL).quantize(
+        x_RL,
+        q.element,
+        q.scaling,
+        q.rounding if ema_RL is None else Rounding.EMA,
+        key=key,
+        ema_RL=ema_RL,
+        ema_active=ema_active,
+        values_dtype=dtype,
+        pack=pack,
+    )
+    return values_RL, (codes_RB, scales_RG) if pack else (x_RL,)
+
+
+def _backward_operand(x_RL: Tensor, q: Quantizer, key: Tensor, dtype: torch.dtype) -> Tensor:
+    """Q3, Q4, Q5 or Q6: the operand of a backward matmul, [R, L] in `dtype`, quantized along the rows of `x_RL`."""
     if not q.enabled:
         return x_RL.to(dtype)
-    return (
-        backend_for(x_RL)
-        .quantize(x_RL, q.element, q.scaling, q.rounding, key=key, values_dtype=dtype, pack=False)
-        .values_RL
-    )
+    backend = backend_for(x_RL)
+    return backend.quantize(x_RL, q.element, q.scaling, q.rounding, key=key, values_dtype=dtype, pack=False).values_RL
 
 
 def _read(saved: tuple[Tensor, ...], q: Quantizer, length: int, dtype: torch.dtype) -> Tensor:
@@ -96,38 +120,12 @@ class _MXLinear(torch.autograd.Function):
     ) -> Tensor:
         q1, q2, dtype = recipe.q1, recipe.q2, _matmul_dtype(x)
         x_ND = x.reshape(-1, x.shape[-1])
-        ops = backend_for(x_ND)
-        keys = None
+        keys = (None, None)
         if Rounding.STOCHASTIC in (q1.rounding, q2.rounding):
             keys = fresh_keys(2, x.device)
-
-        x_operand_ND, saved_x = x_ND.to(dtype), (x_ND,)
-        if q1.enabled:
-            x_operand_ND, *codes = ops.quantize(
-                x_ND,
-                q1.element,
-                q1.scaling,
-                q1.rounding,
-                key=None if keys is None else keys[0],
-                values_dtype=dtype,
-                pack=recipe.double and save,
-            )
-            saved_x = tuple(codes) if recipe.double else saved_x
-        w_operand_CD, saved_w = weight_CD.to(dtype), (weight_CD,)
-        if q2.enabled:
-            w_operand_CD, *codes = ops.quantize(
-                weight_CD,
-                q2.element,
-                q2.scaling,
-                q2.rounding if ema_CD is None else Rounding.EMA,
-                key=None if keys is None else keys[1],
-                ema_RL=ema_CD,
-                ema_active=ema_active,
-                values_dtype=dtype,
-                pack=recipe.double and save,
-            )
-            saved_w = tuple(codes) if recipe.double else saved_w
-
+        pack = recipe.double and save
+        x_operand_ND, saved_x = _forward_operand(x_ND, q1, dtype, keys[0], pack)
+        w_operand_CD, saved_w = _forward_operand(weight_CD, q2, dtype, keys[1], pack, ema_CD, ema_active)
         y_NC = F.linear(x_operand_ND, w_operand_CD, None if bias_C is None else bias_C.to(dtype))
 
         if not save:
@@ -154,14 +152,14 @@ class _MXLinear(torch.autograd.Function):
 
         dx = dw_CD = db_C = None
         if ctx.needs_input_grad[0]:
-            dy_operand_NC = _rounded_values(dy_NC, recipe.q3, key3, dtype)
+            dy_operand_NC = _backward_operand(dy_NC, recipe.q3, key3, dtype)
             w_CD = _read(saved_w, recipe.q2, num_in, dtype)
-            w_operand_DC = _rounded_values(w_CD.T, recipe.q4, key4, dtype)
+            w_operand_DC = _backward_operand(w_CD.T, recipe.q4, key4, dtype)
             dx = _matmul(dy_operand_NC, w_operand_DC.T, ctx.x_dtype).reshape(ctx.x_shape)
         if ctx.needs_input_grad[1]:
-            dy_operand_CN = _rounded_values(dy_NC.T, recipe.q5, key5, dtype)
+            dy_operand_CN = _backward_operand(dy_NC.T, recipe.q5, key5, dtype)
             x_ND = _read(saved_x, recipe.q1, num_in, dtype)
-            x_operand_DN = _rounded_values(x_ND.T, recipe.q6, key6, dtype)
+            x_operand_DN = _backward_operand(x_ND.T, recipe.q6, key6, dtype)
             dw_CD = _matmul(dy_operand_CN, x_operand_DN.T, ctx.weight_dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             db_C = dy_NC.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
@@ -169,7 +167,7 @@ class _MXLinear(torch.autograd.Function):
 
 
 class QuantLinear(nn.Linear):
-    """Drop-in for `nn.Linear` whose matmuls run in MX by `recipe`.
+    """Drop-in for `nn.Linear` whose matmuls run in MX by `recipe`, TetraJet's if none is given.
 
     `weight` and `bias` are the fp32 master parameters under their usual names. With Q-EMA the layer also owns
     `weight_ema` (fp32, the shape of `weight`) and `ema_updates` (int64 scalar), which `QEma` advances; a checkpoint
@@ -184,10 +182,10 @@ class QuantLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        recipe: Recipe,
+        recipe: Recipe | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.recipe = recipe
+        self.recipe = recipe = Recipe() if recipe is None else recipe
         self.use_q_ema = recipe.q_ema_beta is not None
         """Off during Q-Ramping's detection, which studies plain rounding."""
         if self.use_q_ema:
@@ -225,24 +223,9 @@ class QuantLinear(nn.Linear):
     def quantized_weight(self) -> Tensor:
         """Q2(W) in fp32, [C, D], by the quantizer that the forward pass uses; W itself where Q2 is off."""
         q2 = self.recipe.q2
-        if not q2.enabled:
-            return self.weight.detach().float()
+        key = fresh_keys(1, self.weight.device) if q2.rounding is Rounding.STOCHASTIC else None
         ema_CD, ema_active = self._ema_arguments()
-        return (
-            backend_for(self.weight)
-            .quantize(
-                self.weight,
-                q2.element,
-                q2.scaling,
-                q2.rounding if ema_CD is None else Rounding.EMA,
-                key=fresh_keys(1, self.weight.device) if q2.rounding is Rounding.STOCHASTIC else None,
-                ema_RL=ema_CD,
-                ema_active=ema_active,
-                values_dtype=torch.float32,
-                pack=False,
-            )
-            .values_RL
-        )
+        return _forward_operand(self.weight, q2, torch.float32, key, ema_RL=ema_CD, ema_active=ema_active)[0].detach()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         weight = state_dict.get(prefix + "weight")

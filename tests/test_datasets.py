@@ -1,0 +1,155 @@
+"""Data sets: idx files, splits, padding, folders, samplers and their order."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import CALIBRATION_ORDER, DataConfig, build_loaders, read_idx, set_epoch
+from errors import UserError
+
+DIGITS = DataConfig(
+    name="DIGITS",
+    path=None,
+    download=False,
+    input_size=8,
+    batch_size=100,
+    num_workers=0,
+    repeats=1,
+    seed=0,
+    aa="none",
+    color_jitter=0.0,
+    reprob=0.0,
+)
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """Fashion-MNIST's four files, of 60 and 20 random images, two of them gzipped."""
+    generator = np.random.default_rng(0)
+    for stem, count in (("train", 60), ("t10k", 20)):
+        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        (tmp_path / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+        (tmp_path / f"{stem}-labels-idx1-ubyte").write_bytes(idx(labels))
+    return tmp_path
+
+
+def test_digits_split_is_fixed_stratified_and_disjoint():
+    loaders = build_loaders(DIGITS)
+    train, val = loaders.train.dataset, loaders.val.dataset.dataset
+    assert (len(train), len(val), loaders.num_classes) == (1437, 360, 10)
+    assert np.bincount(val.labels).min() >= 34
+    images = np.concatenate((train.images, val.images)).reshape(1797, -1)
+    from sklearn.datasets import load_digits
+
+    everything = (load_digits().data * (255 / 16)).astype(np.uint8)
+    assert sorted(map(bytes, images)) == sorted(map(bytes, everything))
+
+
+def test_every_held_out_image_is_evaluated_once():
+    labels = torch.cat([labels for _, labels in build_loaders(DIGITS).val])
+    assert len(labels) == 360
+
+
+def order(loader, config, epoch) -> list[int]:
+    set_epoch(loader, config, epoch)
+    return list(loader.sampler)
+
+
+def test_order_is_a_function_of_seed_and_epoch_and_calibration_has_its_own():
+    loaders, again = build_loaders(DIGITS), build_loaders(DIGITS)
+    first = order(loaders.train, DIGITS, 0)
+    assert order(again.train, DIGITS, 0) == first and sorted(first) == list(range(1437))
+    assert order(loaders.train, DIGITS, 1) != first
+    assert order(loaders.train, replace(DIGITS, seed=1), 0) != first
+    assert order(loaders.calibration, DIGITS, CALIBRATION_ORDER) != first
+    assert order(loaders.train, DIGITS, 0) == first
+
+
+def test_workers_repeat_their_augmentation():
+    config = replace(DIGITS, num_workers=2, reprob=0.9, batch_size=400)
+    batches = []
+    for _ in range(2):
+        loader = build_loaders(config).train
+        set_epoch(loader, config, 3)
+        batches.append(next(iter(loader))[0])
+    assert torch.equal(*batches)
+
+
+def test_repeated_augmentation_deals_every_image_three_times():
+    loader = build_loaders(replace(DIGITS, repeats=3)).train
+    indices = list(loader.sampler)
+    assert len(indices) == 1437 // 256 * 256  # as many as there are images, in whole 256s, like DeiT
+    assert max(np.bincount(indices)) == 3 and len(set(indices)) < 500
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_idx_files(compressed, tmp_path):
+    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    path = tmp_path / ("x.gz" if compressed else "x")
+    path.write_bytes(gzip.compress(idx(array)) if compressed else idx(array))
+    assert np.array_equal(read_idx(path), array)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0\0\x08", b"hello world, this is text", idx(np.zeros((3, 4), np.uint8))[:-1], b"\0\0\x0d\x01\0\0\0\x01\0"],
+    ids=["empty", "short", "text", "truncated", "floats"],
+)
+@pytest.mark.parametrize("name", ["x", "x.gz"])
+def test_what_is_no_idx_file(content, name, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}.*fetch it again"):
+        read_idx(tmp_path / name)
+
+
+def test_fashion_is_padded_to_32_pixels(fashion):
+    loaders = build_loaders(replace(DIGITS, name="FASHION", path=str(fashion), input_size=32, batch_size=10))
+    assert loaders.train.dataset.images.shape == (60, 32, 32) and len(loaders.val.dataset) == 20
+    assert (loaders.train.dataset.images[:, :2] == 0).all()
+    images, labels = next(iter(loaders.train))
+    assert images.shape == (10, 3, 32, 32) and labels.max() < 10
+
+
+def test_fashion_labels_that_do_not_fit(fashion):
+    (fashion / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(19, np.uint8)))
+    with pytest.raises(UserError, match=r"as many labels 0..9 as images, got \(19,\) for \(20, 28, 28\)"):
+        build_loaders(replace(DIGITS, name="FASHION", path=str(fashion), input_size=32, batch_size=10))
+
+
+def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)  # ten random images have other checksums
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    content = {"data": np.random.randint(0, 256, (10, 3072), np.uint8), "labels": list(range(10))}
+    for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list):
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setitem(CIFAR10.meta, "md5", None)
+    loaders = build_loaders(replace(DIGITS, name="CIFAR10", path=str(tmp_path), input_size=32, batch_size=10))
+    assert len(loaders.train.dataset) == 50 and next(iter(loaders.train))[0].shape == (10, 3, 32, 32)
+
+
+def test_evaluation_crops_the_centre_of_large_images_only(tmp_path):
+    from PIL import Image
+
+    for half in ("train", "val"):
+        (tmp_path / half / "a").mkdir(parents=True)
+        Image.fromarray(np.zeros((300, 400, 3), np.uint8)).save(tmp_path / half / "a" / "1.png")
+    large = build_loaders(replace(DIGITS, name="FOLDER", path=str(tmp_path), input_size=224, batch_size=1))
+    assert [type(t).__name__ for t in large.val.dataset.dataset.transform.transforms][:2] == ["Resize", "CenterCrop"]
+    assert large.val.dataset.dataset.transform.transforms[0].size == 256
+    assert next(iter(large.val))[0].shape == (1, 3, 224, 224)

@@ -1,0 +1,38 @@
+"""The training losses against their formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from losses import DistillationLoss, base_criterion
+
+
+def test_base_criterion_by_target():
+    logits, labels = torch.randn(6, 5), torch.arange(6) % 5
+    assert torch.equal(base_criterion(False, 0.0)(logits, labels), F.cross_entropy(logits, labels))
+    smooth = F.cross_entropy(logits, labels, label_smoothing=0.1)
+    assert torch.allclose(base_criterion(False, 0.1)(logits, labels), smooth)
+    soft = torch.softmax(torch.randn(6, 5), dim=1)
+    assert torch.allclose(base_criterion(True, 0.1)(logits, soft), F.cross_entropy(logits, soft))
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_distillation(kind):
+    torch.manual_seed(0)
+    teacher = nn.Linear(8, 5)
+    images, labels = torch.randn(6, 8), torch.arange(6) % 5
+    logits, distilled = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
+    loss = DistillationLoss(nn.CrossEntropyLoss(), teacher, kind, alpha=0.3, tau=2.0)
+    got = loss(images, (logits, distilled), labels)
+    taught = teacher(images).detach()
+    if kind == "soft":
+        p, q = torch.softmax(taught / 2, 1), torch.softmax(distilled / 2, 1)
+        expected = (p * (p.log() - q.log())).sum() * 4 / 30
+    else:
+        expected = F.cross_entropy(distilled, taught.argmax(1))
+    assert torch.allclose(got, 0.7 * F.cross_entropy(logits, labels) + 0.3 * expected)
+    got.backward()
+    assert teacher.weight.grad is None and logits.grad is not None and distilled.grad is not None
