@@ -100,31 +100,32 @@ def test_each_quantizer_switches_off_alone(index, problem, device):
     assert relative_error(got[1], dw) < 1e-6
 
 
-def mean_gradient_errors(recipe: Recipe, device, problem, counts=(16, 256)) -> list[tuple[float, float]]:
-    """Relative errors of the mean of n draws of (dX, dW) against the straight-through gradient, for n in `counts`."""
-    x, dy = problem
-    dy = dy / dy.norm(dim=-1, keepdim=True)  # many tokens of one size: the error of a mean has little spread
+def mean_gradient_errors(recipe: Recipe, randn, device, few=16, many=256) -> list[tuple[float, float]]:
+    """Relative error of the mean of `few` and of `many` draws of (dX, dW) against the straight-through gradient.
+
+    Root mean square over the disjoint blocks of `few` draws, so that chance has little say in the ratio of the two.
+    """
+    x, dy = randn(96, 70).requires_grad_(), randn(96, 45)
     layer = make(recipe, device)
-    x2, dy2 = x.detach().reshape(-1, 70), dy.reshape(-1, 45).double()
     scaling = recipe.q1.scaling
-    q1 = quantize_mx(x2, scaling=scaling).dequantize().double()
+    q1 = quantize_mx(x, scaling=scaling).dequantize().double()
     q2 = quantize_mx(layer.weight, scaling=scaling).dequantize().double()
-    expected = ((dy2 @ q2).view_as(x), dy2.T @ q1)
+    expected = (dy.double() @ q2, dy.double().T @ q1)
     torch.manual_seed(0)
-    y, sums, errors = layer(x), [0, 0], []
-    for draw in range(1, max(counts) + 1):
-        for i, g in enumerate(torch.autograd.grad(y, (x, layer.weight), dy, retain_graph=True)):
-            sums[i] = sums[i] + g.double()
-        if draw in counts:
-            errors.append(tuple(relative_error(s / draw, e) for s, e in zip(sums, expected)))
+    y = layer(x)
+    draws = [torch.autograd.grad(y, (x, layer.weight), dy, retain_graph=True) for _ in range(many)]
+    errors = []
+    for wanted, drawn in zip(expected, zip(*draws)):
+        blocks = torch.stack([g.double() for g in drawn]).view(many // few, few, *wanted.shape).mean(dim=1)
+        error_few = (blocks - wanted).square().sum((1, 2)).mean().sqrt() / wanted.norm()
+        errors.append((error_few.item(), relative_error(blocks.mean(dim=0), wanted)))
     return errors
 
 
-def test_tetrajet_gradients_are_unbiased(problem, device):
-    """From 16 to 256 draws the error of the mean falls by sqrt(16) = 4; within 15 %, for dX and dW."""
-    few, many = mean_gradient_errors(Recipe(), device, problem)
-    for before, after in zip(few, many):
-        assert before / after == pytest.approx(4, rel=0.15)
+def test_tetrajet_gradients_are_unbiased(randn, device):
+    """From 16 to 256 draws the error of the mean falls by sqrt(16) = 4, for dX and for dW; within 10 %."""
+    for before, after in mean_gradient_errors(Recipe(), randn, device):
+        assert before / after == pytest.approx(4, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -136,11 +137,11 @@ def test_tetrajet_gradients_are_unbiased(problem, device):
     ],
     ids=["microscaling", "direct", "floor"],
 )
-def test_microscaling_choices_leave_a_bias(recipe, problem, device):
-    """Nearest rounding, direct quantization or a clipping scale: more draws do not help at the 1/sqrt(n) rate."""
-    few, many = mean_gradient_errors(recipe, device, problem)
-    assert any(before / after < 3 for before, after in zip(few, many))
-    assert max(many) > 0.01
+def test_microscaling_choices_leave_a_bias(recipe, randn, device):
+    """Nearest rounding, direct quantization or a clipping scale: the error stays, however many draws are averaged."""
+    errors = mean_gradient_errors(recipe, randn, device)
+    assert any(before / after < 2 for before, after in errors)
+    assert max(after for _, after in errors) > 0.02
 
 
 def test_bias_gradient_is_the_unquantized_sum_in_fp32(problem, device):
