@@ -106,11 +106,10 @@ def main() -> int:
             median = statistics.median(times)
             low, *_, high = statistics.quantiles(times, n=5)
             baseline = baseline or median
-            print(
-                f"| {name.removesuffix('_patch16_224')}, {batch_size} | {variant} | {median:.1f} ({low:.1f}, {high:.1f}) "
-                f"| {1000 * batch_size / median:,.0f} | {peak:.1f} | {median / baseline:.2f} |",
-                flush=True,
-            )
+            cells = [f"{name.removesuffix('_patch16_224')}, {batch_size}", variant]
+            cells += [f"{median:.1f} ({low:.1f}, {high:.1f})", f"{1000 * batch_size / median:,.0f}"]
+            cells += [f"{peak:.1f}", f"{median / baseline:.2f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
     return 0
 
 
