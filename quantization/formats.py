@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 GROUP_SIZE = 32  # values that share one scale (OCP MX section 5.2, the block size k)
-CODES_PER_BYTE = 2  # the first element of a pair sits in the low nibble
 SIGN_CODE = 0x8  # sign bit of a 4-bit code
 MAX_MAGNITUDE_CODE = 0x7
 
-SCALE_BIAS = 127  # an E8M0 byte b stands for 2 ** (b - 127)
-SCALE_NAN = 0xFF  # the E8M0 byte that stands for NaN
+# An E8M0 byte b stands for 2 ** (b - 127): it is the exponent field of an fp32, with the same bias.
+SCALE_NAN = 0xFF  # except for the byte that stands for NaN
 
 # fp32 bit patterns: scales and roundings are decided on these, never through a floating-point logarithm.
 FP32_MANTISSA_BITS = 23

@@ -24,6 +24,7 @@ from .formats import (
     FP32_SUBNORMAL_HALF,
     GROUP_SIZE,
     MAX_MAGNITUDE_CODE,
+    RANDOM_BITS,
     SCALE_NAN,
     SIGN_CODE,
     ZERO_GROUP_BITS,
@@ -51,6 +52,7 @@ _M0, _M1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
 _K0, _K1 = tl.constexpr(KEY_INCREMENTS[0]), tl.constexpr(KEY_INCREMENTS[1])
 _ROUNDS = tl.constexpr(ROUNDS)
 _WORD_MASK = tl.constexpr(WORD_MASK)
+_DRAWS = tl.constexpr(float(2**RANDOM_BITS))
 
 _NEAREST = tl.constexpr(0)
 _STOCHASTIC = tl.constexpr(1)
@@ -196,7 +198,7 @@ def _quantize_kernel(
         # Joining (w0, w2) with (w1, w3) lays the words out in the order w0 w1 w2 w3.
         word = tl.join(tl.join(w0, w2), tl.join(w1, w3))
         draw = tl.join(word & 0xFFFF, word >> 16).reshape(BLOCK_R, BLOCK_G, _GROUP).to(tl.int32)
-        upper = draw.to(tl.float32) + 0.5 < fraction * 65536.0
+        upper = draw.to(tl.float32) + 0.5 < fraction * _DRAWS
     else:
         upper = (fraction > 0.5) | ((fraction == 0.5) & ((code & 1) == 1))
         if ROUNDING == _EMA:

@@ -10,7 +10,6 @@ set -euo pipefail
 size="$1" variant="$2"
 shift 2
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-source "$root/scripts/setup.sh"
 
 # Paper, appendix: 256 images on each of 4 GPUs at lr 5e-4 for T and S, 128 at 2.5e-4 for B; lr scales with the batch.
 # Q-EMA's beta and Q-Ramping's k2 are the tuned ones.
@@ -28,6 +27,12 @@ mxfp4_q_ramping) options+=(--q-ramping --q-ramping-k1 16 --q-ramping-k2 "$k2") ;
 *) echo "train.sh: error: VARIANT must be mxfp4, mxfp4_q_ema or mxfp4_q_ramping, got $variant" >&2 && exit 2 ;;
 esac
 
+if [ -n "${DATA_PATH:-}" ] && { [ ! -d "$DATA_PATH/train" ] || [ ! -d "$DATA_PATH/val" ]; }; then
+    echo "train.sh: error: DATA_PATH must be a directory that holds train/ and val/, got $DATA_PATH" >&2
+    exit 2
+fi
+
+source "$root/scripts/setup.sh"
 cd "$root"
 if [ -z "${DATA_PATH:-}" ]; then
     echo "DATA_PATH is not set: one short epoch of $size on scikit-learn's digits at 32 px, not ImageNet."
@@ -40,6 +45,8 @@ if [ "$gpus" -eq 0 ]; then
     echo "train.sh: error: ImageNet training needs a GPU, PyTorch finds none; unset DATA_PATH for a try on the CPU" >&2
     exit 2
 fi
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's processes share the cores with their loaders
-exec torchrun --standalone --nproc_per_node "$gpus" main.py "${options[@]}" --data-set IMNET --data-path "$DATA_PATH" \
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # processes share the cores with their loaders
+launcher=(python)
+if [ "$gpus" -gt 1 ]; then launcher=(torchrun --standalone --nproc_per_node "$gpus"); fi
+exec "${launcher[@]}" main.py "${options[@]}" --data-set IMNET --data-path "$DATA_PATH" \
     --epochs 90 --batch-size "$batch" --lr "$lr" "$@"
