@@ -32,6 +32,7 @@ if [ -n "${DATA_PATH:-}" ] && { [ ! -d "$DATA_PATH/train" ] || [ ! -d "$DATA_PAT
     exit 2
 fi
 
+if [ -n "${DATA_PATH:-}" ]; then DATA_PATH="$(cd "$DATA_PATH" && pwd)"; fi
 source "$root/scripts/setup.sh"
 cd "$root"
 if [ -z "${DATA_PATH:-}" ]; then
