@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,12 @@ class Run:
 
     def restore(self, state: dict) -> None:
         """Go on from `state`, which `load` returned. Raises UserError if this run has another number of processes."""
+        try:
+            self._restore(state)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError("--resume found a damaged checkpoint, of which parts are missing; give another") from error
+
+    def _restore(self, state: dict) -> None:
         if len(state["rng"]) != distributed.world_size():
             raise UserError(
                 f"--resume needs the number of processes of the checkpoint, {len(state['rng'])}, "
@@ -82,7 +88,9 @@ def load(path: Path, identity: dict) -> dict:
             f"--resume needs a checkpoint of this program, version {VERSION}; {path} is none. "
             "Weights of a stock model go to --finetune"
         )
-    theirs = state["identity"]
+    theirs = state.get("identity")
+    if not isinstance(theirs, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(f"--resume found {path} damaged, parts of it are missing; give another file")
     different = [name for name in identity if identity[name] != theirs.get(name)]
     if different:
         name = different[0]
@@ -93,20 +101,23 @@ def load(path: Path, identity: dict) -> dict:
     return state
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, option: str = "--finetune", new_head: bool = True) -> None:
     """Start from the weights in `path`: ours, Facebook's DeiT checkpoints, or a bare state_dict.
 
-    A head for another number of classes keeps its random values. Raises UserError if anything else does not fit.
+    With `new_head`, a head for another number of classes keeps its random values. Raises UserError, which names
+    `option`, if anything else does not fit.
     """
     state = _read(path)
     weights = state.get("model", state)
-    if not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"--finetune needs a file of weights, or one with them under 'model'; {path} is neither")
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
+    ):
+        raise UserError(f"{option} needs a file of weights, or one with them under 'model'; {path} is neither")
     own = model.state_dict()
     weights = {
         name: value
         for name, value in weights.items()
-        if not (name.startswith("head") and name in own and own[name].shape != value.shape)
+        if not (new_head and name.startswith("head") and name in own and own[name].shape != value.shape)
         and not (name.endswith((".weight_ema", ".ema_updates")) and name not in own)
     }
     kept = {name for name in own if name.startswith("head") and name not in weights}
@@ -114,20 +125,21 @@ def load_weights(model: nn.Module, path: Path) -> None:
         missing = set(model.load_state_dict(weights, strict=False).missing_keys) - kept
         unexpected = sorted(weights.keys() - own.keys())
     except RuntimeError as error:  # a shape that differs
-        raise UserError(f"--finetune {path} does not fit the model: {str(error).splitlines()[1].strip()}") from error
+        raise UserError(f"{option} {path} does not fit the model: {str(error).splitlines()[1].strip()}") from error
     if missing or unexpected:
         what = f"it lacks {sorted(missing)[0]}" if missing else f"it has {unexpected[0]}, which the model lacks"
-        raise UserError(f"--finetune {path} does not fit the model: {what}; choose the --model that it was made for")
+        raise UserError(f"{option} {path} does not fit the model: {what}; choose the model that it was made for")
 
 
 def _read(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"a checkpoint must be a file, got {path}, which is none")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a readable checkpoint ({reason[:120]}); give another file") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign pickle protocols
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling foreign bytes may raise
+        raise UserError(f"{path} is not a readable checkpoint: damaged, or of another program; give another") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}; give another file")
     return state

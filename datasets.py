@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,11 +131,11 @@ def read_idx(path: Path) -> np.ndarray:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         zeros, kind, rank = struct.unpack_from(">HBB", content)
         shape = struct.unpack_from(f">{rank}I", content, 4)
-    except (OSError, EOFError, struct.error) as error:
+    except (OSError, EOFError, struct.error, zlib.error) as error:
         raise UserError(f"{path} is not a readable idx file ({error}); fetch it again") from error
     data = content[4 + 4 * rank :]
-    if zeros != 0 or kind != 8 or len(data) != math.prod(shape):
-        raise UserError(f"{path} is not an idx file of bytes, or is truncated; fetch it again")
+    if zeros != 0 or kind != 8 or rank not in (1, 3) or 0 in shape or len(data) != math.prod(shape):
+        raise UserError(f"{path} is not an idx file of labels or images, or is truncated; fetch it again")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
@@ -276,6 +277,13 @@ def _download(dataset, root: Path) -> None:
         raise UserError(problem)
 
 
+def _load_image(path: str) -> Image.Image:
+    try:
+        return tv_datasets.folder.default_loader(path)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} is not a readable image ({error}); replace or remove it") from error
+
+
 def _folder(name: str, root: Path, num_classes: int | None, transform, training: bool) -> tuple[Dataset, int]:
     for half in ("train", "val"):
         if not (root / half).is_dir():
@@ -283,7 +291,8 @@ def _folder(name: str, root: Path, num_classes: int | None, transform, training:
     try:
         train_classes, _ = tv_datasets.folder.find_classes(str(root / "train"))
         val_classes, _ = tv_datasets.folder.find_classes(str(root / "val"))
-        images = tv_datasets.ImageFolder(str(root / ("train" if training else "val")), transform)
+        half = root / ("train" if training else "val")
+        images = tv_datasets.ImageFolder(str(half), transform, loader=_load_image)
     except FileNotFoundError as error:
         raise UserError(f"every class must be a folder with images in it: {error}") from error
     if train_classes != val_classes:

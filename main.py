@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import os
 import random
 import sys
@@ -63,6 +64,13 @@ DEFAULTS = {
     "model_ema_decay": 0.99996,
     "num_workers": 8,
 }
+# A resumed run must train as the first part did, so these must not change; weights can always go to --finetune.
+SAME_ON_RESUME = (
+    *("epochs", "batch_size", "lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "model_ema_decay"),
+    *("drop_path", "smoothing", "mixup", "cutmix", "aa", "color_jitter", "reprob", "repeats", "data_set", "seed"),
+    *("q_ramping_k1", "q_ramping_k2", "q_ramping_steps"),
+    *("distillation_type", "distillation_alpha", "distillation_tau", "teacher_model"),
+)
 Q_EMA_BETA, Q_RAMPING = 0.998, {"q_ramping_k1": 16.0, "q_ramping_k2": 5, "q_ramping_steps": 30}
 
 
@@ -126,10 +134,10 @@ def build_parser() -> Parser:
     group.add_argument("--download", action="store_true", help="let torchvision fetch FASHION or CIFAR to --data-path")
     group.add_argument("--num-classes", type=positive, help="refuse data with another number of classes")
     recipe_option(group, "--input-size", positive, "pixels an image side")
-    recipe_option(group, "--num-workers", count, "loader processes for each training process")
-    recipe_option(group, "--repeats", positive, "augmented copies of an image in an epoch; 1 for none")
+    recipe_option(group, "--num-workers", number(int, 0, 512), "loader processes for each training process")
+    recipe_option(group, "--repeats", number(int, 1, 100), "augmented copies of an image in an epoch; 1 for none")
     recipe_option(group, "--aa", str, "timm's automatic augmentation, or none")
-    recipe_option(group, "--color-jitter", amount, "strength; replaced by --aa where that is on")
+    recipe_option(group, "--color-jitter", number(float, 0, 10), "strength; replaced by --aa where that is on")
     recipe_option(group, "--reprob", share, "probability of random erasing")
     recipe_option(group, "--mixup", amount, "alpha of Mixup; 0 for none")
     recipe_option(group, "--cutmix", amount, "alpha of CutMix; 0 for none")
@@ -146,7 +154,7 @@ def build_parser() -> Parser:
     recipe_option(
         group, "--model-ema-decay", number(float, 0, 1, open_high=True), "moving average of the model; 0: none"
     )
-    group.add_argument("--seed", type=count, default=0, help="default: 0")
+    group.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, help="default: 0")
 
     group = parser.add_argument_group("distillation")
     group.add_argument("--distillation-type", choices=("none", "soft", "hard"), default="none", help="default: none")
@@ -210,17 +218,19 @@ def build_recipe(args: argparse.Namespace) -> Recipe:
     return recipe.with_q_ema(args.q_ema_beta) if args.q_ema else recipe
 
 
-def model_input_size(name: str) -> int:
+def model_input_size(name: str, option: str = "--model") -> int:
     """The size that a timm model was made for. Raises UserError, with the nearest names, for an unknown model."""
-    if not timm.is_model(name):
+    if not timm.is_model(name) or "." in name:
         near = difflib.get_close_matches(name, timm.list_models(), n=3) or ["deit_small_patch16_224"]
-        raise UserError(f"--model must be a model of timm, got {name!r}; did you mean {', '.join(near)}?")
+        raise UserError(f"{option} must be a model of timm, got {name!r}; did you mean {', '.join(near)}?")
     return timm.get_pretrained_cfg(name).input_size[-1]
 
 
-def build_model(name: str, num_classes: int, input_size: int, drop_path: float, recipe: Recipe) -> nn.Module:
+def build_model(
+    name: str, num_classes: int, input_size: int, drop_path: float, recipe: Recipe, option: str = "--model"
+) -> nn.Module:
     """Raises UserError for a model that cannot be quantized or does not take the input size."""
-    own_size = model_input_size(name)
+    own_size = model_input_size(name, option)
     options = {"num_classes": num_classes, "drop_path_rate": drop_path}
     if input_size != own_size:
         options["img_size"] = input_size
@@ -231,9 +241,9 @@ def build_model(name: str, num_classes: int, input_size: int, drop_path: float, 
     except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         if recipe.quantizes and "quant" in str(error):
             raise UserError(
-                f"--quant needs a Vision Transformer of timm (deit_*, vit_*), got --model {name}"
+                f"--quant needs a Vision Transformer of timm with plain blocks (deit_*, vit_*), got --model {name}"
             ) from error
-        raise UserError(f"--model {name} cannot be built for --input-size {input_size}: {error}") from error
+        raise UserError(f"{option} {name} cannot be built for --input-size {input_size}: {error}") from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
     if input_size < patch[0] or input_size % patch[0]:
         raise UserError(f"--input-size must be a multiple of {name}'s patch size {patch[0]}, got {input_size}")
@@ -259,8 +269,8 @@ def build_criterion(args: argparse.Namespace, model: nn.Module, num_classes: int
             f"(deit_*_distilled_*), got --model {args.model}"
         )
     model.set_distilled_training(True)
-    teacher = build_model(args.teacher_model, num_classes, args.input_size, 0.0, RECIPES["none"])
-    checkpoint.load_weights(teacher, args.teacher_path)
+    teacher = build_model(args.teacher_model, num_classes, args.input_size, 0.0, RECIPES["none"], "--teacher-model")
+    checkpoint.load_weights(teacher, args.teacher_path, "--teacher-path", new_head=False)
     kind, alpha, tau = args.distillation_type, args.distillation_alpha, args.distillation_tau
     return DistillationLoss(base, teacher.to(device), kind, alpha, tau)
 
@@ -390,7 +400,7 @@ def train(
     """Everything is checked before the output directory is made."""
     resume = find_resume(args)
     identity["optimizer"] = "RampingAdamW" if args.q_ramping else "AdamW"
-    identity["model average"] = args.model_ema_decay > 0
+    identity |= {f"--{name.replace('_', '-')}": getattr(args, name) for name in SAME_ON_RESUME}
     state = checkpoint.load(resume, identity) if resume else None
     criterion = build_criterion(args, model, loaders.num_classes, device)
     parallel = model
@@ -415,6 +425,9 @@ def train(
     progress = checkpoint.Run(identity, model, optimizer, scheduler, model_ema)
     if state is not None:
         progress.restore(state)
+        if progress.epoch == args.epochs:
+            say(f"{resume} has all its {args.epochs} epochs done; best top-1 {progress.best_acc1:.2f} %")
+            return
 
     def after_step() -> None:
         if q_ema is not None:
@@ -489,9 +502,13 @@ def table_row(numbers: dict[str, float], epochs: int) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 diverged, 2 the user must change something, 130 interrupted."""
     code = 0
+    logging.getLogger("timm").setLevel(logging.ERROR)  # its schedule warns of runs of one epoch
     try:
         run(parse_args(argv))
     except UserError as error:
+        # From a loader's process the text comes with its traceback in front.
+        message, code = f"main.py: error: {str(error).rpartition('UserError: ')[2]}", 2
+    except OSError as error:  # no space, no permission, a name too long
         message, code = f"main.py: error: {error}", 2
     except NonFiniteLoss as error:
         message, code = f"main.py: diverged: {error}", 1

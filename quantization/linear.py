@@ -44,7 +44,9 @@ Q_EMA_START = 10
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:
-    """bf16 for half-precision input or under autocast, else fp32. fp16 lacks the exponent range of MX scales."""
+    """bf16 for bf16 input or under autocast, else fp32. fp16 lacks the exponent range of MX scales."""
+    if x.dtype == torch.float64:  # which autocast leaves alone
+        return torch.float64
     if torch.is_autocast_enabled(x.device.type) or x.dtype == torch.bfloat16:
         return torch.bfloat16
     return torch.float32
@@ -53,6 +55,8 @@ def _matmul_dtype(x: Tensor) -> torch.dtype:
 def _output_dtype(x: Tensor) -> torch.dtype:
     """What `nn.Linear` would return."""
     device_type = x.device.type
+    if x.dtype == torch.float64:
+        return x.dtype
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
@@ -69,7 +73,7 @@ def _forward_operand(
     scales if `pack` asks for them, else the operand as it came."""
     if not q.enabled:
         return x_RL.to(dtype), (x_RL,)
-    values_RL, codes_RB, scales_RG = backend_for(x_RL).quantize(
+    values_RL, codes_RB, scales_RG = backend_for(x_RL, dtype).quantize(
         x_RL,
         q.element,
         q.scaling,
@@ -87,7 +91,7 @@ def _backward_operand(x_RL: Tensor, q: Quantizer, key: Tensor, dtype: torch.dtyp
     """Q3, Q4, Q5 or Q6: the operand of a backward matmul, [R, L] in `dtype`, quantized along the rows of `x_RL`."""
     if not q.enabled:
         return x_RL.to(dtype)
-    backend = backend_for(x_RL)
+    backend = backend_for(x_RL, dtype)
     return backend.quantize(x_RL, q.element, q.scaling, q.rounding, key=key, values_dtype=dtype, pack=False).values_RL
 
 
@@ -96,7 +100,7 @@ def _read(saved: tuple[Tensor, ...], q: Quantizer, length: int, dtype: torch.dty
     if len(saved) == 1:
         return saved[0]
     codes_RB, scales_RG = saved
-    return backend_for(codes_RB).dequantize(codes_RB, scales_RG, length, q.element, dtype)
+    return backend_for(codes_RB, dtype).dequantize(codes_RB, scales_RG, length, q.element, dtype)
 
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -215,6 +219,8 @@ class QuantLinear(nn.Linear):
         return (self.weight_ema, self.ema_updates >= Q_EMA_START) if self.use_q_ema else (None, None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(f"QuantLinear needs a floating-point tensor, got {x.dtype}")
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the last axis must have {self.in_features} channels, got {tuple(x.shape)}")
         return _MXLinear.apply(x, self.weight, self.bias, *self._ema_arguments(), self.recipe, torch.is_grad_enabled())
@@ -230,7 +236,7 @@ class QuantLinear(nn.Linear):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         weight = state_dict.get(prefix + "weight")
         if self.recipe.q_ema_beta is not None and weight is not None and prefix + "weight_ema" not in state_dict:
-            state_dict[prefix + "weight_ema"] = weight.detach().float()
+            state_dict[prefix + "weight_ema"] = weight.detach().to(torch.float32, copy=True)
             state_dict[prefix + "ema_updates"] = torch.zeros_like(self.ema_updates)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -245,18 +251,20 @@ def swap_linears(model: nn.Module, recipe: Recipe, names: Sequence[str] = BLOCK_
     """
     if not recipe.quantizes:
         return model
+    names = (names,) if isinstance(names, str) else names
     endings = tuple("." + name for name in names)
     found = [
         name
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Linear) and ("." + name).endswith(endings)
     ]
     if not found:
         raise ValueError(f"{type(model).__name__} has no linear layer named {', '.join(names)}; pass other names")
+    replacements = {module: QuantLinear.from_linear(module, recipe) for module in map(model.get_submodule, found)}
     for name in found:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
-        setattr(parent, leaf, QuantLinear.from_linear(getattr(parent, leaf), recipe))
+        parent, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        setattr(parent, leaf, replacements[getattr(parent, leaf)])
     return model
 
 

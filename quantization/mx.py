@@ -77,9 +77,9 @@ def quantize_mx(
     """Quantize `x` in groups of 32 along `axis` (OCP MX v1.0; paper sections 3.2 and 5).
 
     `x` may have any shape, strides and floating dtype; float64 is rounded to fp32 first. The last group of an axis
-    may be shorter than 32. Stochastic rounding takes its bits from `key`, one int64 on the device of `x`; without it
-    a key is drawn from `generator` or from the device's default generator. `ema`, shaped like `x`, is the moving
-    average that `rounding="ema"` rounds towards. A group that holds NaN or Inf becomes NaN.
+    may be shorter than 32. Stochastic rounding, and no other, takes its bits from `key`, one int64 on the device of
+    `x`; without it a key is drawn from `generator` or from the device's default generator. `ema`, shaped like `x`, is
+    the moving average that `rounding="ema"` rounds towards. A group that holds NaN or Inf becomes NaN.
 
     Raises TypeError for a tensor that is not floating-point, IndexError for an axis out of range, ValueError for an
     unknown element, scaling or rounding, and where `key` or `ema` does not fit the rounding.

@@ -60,19 +60,23 @@ class RampingAdamW(torch.optim.Optimizer):
     def set_periods(self, periods: dict[Tensor, Tensor]) -> None:
         """Give parameters new periods: positive integers in the parameter's shape. Running counters go on.
 
-        Raises ValueError for a parameter that is not the optimizer's, a wrong shape, or a period below 1.
+        Raises ValueError, and changes nothing, for a parameter that is not the optimizer's or in half precision (its
+        counters could not count), a wrong shape, or a period that is not a whole number of at least 1.
         """
         own = {p for group in self.param_groups for p in group["params"]}
         for p, period in periods.items():
             if p not in own:
                 raise ValueError(f"periods given for a parameter of shape {tuple(p.shape)} that is not optimized here")
-            if period.shape != p.shape or (period < 1).any():
+            if p.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"periods need fp32 master weights, got a parameter in {p.dtype}")
+            if period.shape != p.shape or not ((period >= 1) & (period == period.floor())).all():
                 raise ValueError(
-                    f"periods must be at least 1 and have the parameter's shape {tuple(p.shape)}, "
+                    f"periods must be whole numbers of at least 1 in the parameter's shape {tuple(p.shape)}, "
                     f"got shape {tuple(period.shape)} and minimum {period.min().item()}"
                 )
+        for p, period in periods.items():
             state = self.state[p]
-            state["period"] = period.to(p.dtype)
+            state["period"] = period.to(p.dtype, copy=True)
             if "grad_sum" not in state:
                 state["grad_sum"], state["grad_count"] = torch.zeros_like(p), torch.zeros_like(p)
 
@@ -135,8 +139,9 @@ def detect_oscillation(
     loader: Iterable[Batch],
     steps: int = 30,
 ) -> dict[nn.Parameter, Tensor]:
-    """Oscillation ratio R_w of every quantized weight over `steps` steps of plain AdamW from the present state.
+    """Oscillation ratio R_w of every quantized weight that `optimizer` trains.
 
+    It is measured over `steps` steps of plain AdamW from the present state.
     `train_step(batch)` does one step of forward, backward and `optimizer.step()` on `model`, which rounds its weights
     plainly meanwhile, also where Q-EMA is on. `loader` is gone round again if it is shorter than `steps`. Afterwards
     model, optimizer and random generators are as if nothing had happened; give `loader` an order of its own.
@@ -151,7 +156,8 @@ def detect_oscillation(
         for batch in islice(_endless(loader), steps):
             train_step(batch)
             paths.record()
-    return paths.ratios()
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    return {p: ratio for p, ratio in paths.ratios().items() if p in trained}
 
 
 def update_periods(

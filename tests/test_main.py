@@ -158,7 +158,7 @@ def test_two_processes_train_alike(capsys):
         "    digest = hashlib.sha256()\n"
         "    for state in (self.model.state_dict(), *self.optimizer.state.values()):\n"
         "        for value in state.values(): digest.update(value.numpy().tobytes())\n"
-        "    print('hash', distributed.rank(), digest.hexdigest(), flush=True)\n"
+        "    with open(f'hashes-{distributed.rank()}', 'a') as file: print(digest.hexdigest(), file=file)\n"
         "    save(self, directory, best)\n"
         "checkpoint.Run.save = told\n"
         "sys.exit(main.main(sys.argv[1:]))\n"
@@ -169,10 +169,8 @@ def test_two_processes_train_alike(capsys):
     env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    hashes = re.findall(r"hash (\d) (\w+)", result.stdout)
-    assert len(hashes) == 4
-    for epoch in range(2):
-        assert len({digest for _, digest in hashes[2 * epoch : 2 * epoch + 2]}) == 1
+    hashes = [Path(f"hashes-{rank}").read_text().splitlines() for rank in range(2)]
+    assert len(set(hashes[0])) == 2 and hashes[0] == hashes[1]
     log = lines_of(Path("out/log.txt"))
     assert len(log) == 2 and "360 held-out images" in result.stdout
     assert main([*TINY, "--q-ema", "--eval", "--resume", "out/checkpoint.pth"]) == 0
@@ -221,6 +219,10 @@ MISTAKES = {
         ["--output-dir", "a-file"],
         r"--output-dir must be a directory that can be written, got a-file",
     ),
+    "seed": (["--seed", "99999999999999999999"], r"--seed: needs a whole number from 0 to 2147483647"),
+    "workers": (["--num-workers", "1000000"], r"--num-workers: needs a whole number from 0 to 512"),
+    "model tag": (["--model", "deit_tiny_patch16_224.nope"], r"--model must be a model of timm, got 'deit_tiny"),
+    "long path": (["--output-dir", "x" * 300], r"File name too long"),
     "augmentation": (["--aa", "sharpen"], r"--aa must be none or one of timm's, .* got 'sharpen'"),
 }
 
@@ -272,9 +274,19 @@ class TestMistakes:
         fails([*TINY, *ours, "--q-ramping"], "same optimizer: this run has RampingAdamW", capsys)
         fails([*TINY, *ours, "--model", "deit_tiny_patch16_224", "--input-size", "32"], "same model", capsys)
         fails([*TINY, *ours, "--input-size", "16"], "same input size", capsys)
-        fails([*TINY, *ours, "--model-ema-decay", "0.9"], "same model average", capsys)
+        fails(
+            [*TINY, *ours, "--epochs", "1", "--model-ema-decay", "0.9"],
+            "same --model-ema-decay: this run has 0.9",
+            capsys,
+        )
+        fails([*TINY, *ours, "--lr", "0.5", "--epochs", "1"], "same --lr: this run has 0.5", capsys)
+        fails([*TINY, *ours, "--epochs", "6"], "same --epochs: this run has 6, .* has 1;", capsys)
         fails([*TINY, "--eval", "--resume", "other/checkpoint.pth"], "same recipe", capsys)
         fails([*TINY, "--output-dir", "out"], "out holds a run; pass --resume auto", capsys)
+        content = torch.load("out/checkpoint.pth", weights_only=True)
+        for part in ("identity", "rng", "model", "optimizer"):
+            torch.save({k: v for k, v in content.items() if k != part}, "damaged.pth")
+            fails([*TINY, "--epochs", "1", "--resume", "damaged.pth"], "damaged", capsys)
         torch.save({"model": {}}, "stock.pth")
         fails([*TINY, "--resume", "stock.pth"], "stock.pth is none. Weights of a stock model go to --finetune", capsys)
         torch.save([1, 2], "list.pth")
@@ -289,13 +301,36 @@ class TestMistakes:
         fails([*TINY, "--finetune", "tiny.pth"], "does not fit the model", capsys)
         torch.save({"head.weight": torch.zeros(10, 128)}, "head.pth")
         fails([*TINY, "--finetune", "head.pth"], "does not fit the model: it lacks", capsys)
-        torch.save({"epoch": 3}, "numbers.pth")
-        fails([*TINY, "--finetune", "numbers.pth"], "is neither", capsys)
+        for content in ({"epoch": 3}, {"model": None}, {1: torch.ones(1)}):
+            torch.save(content, "numbers.pth")
+            fails([*TINY, "--finetune", "numbers.pth"], "is neither", capsys)
 
     def test_a_teacher_for_a_student_without_its_token(self, capsys):
         torch.save(timm.create_model("deit_micro_patch4_32", img_size=8).state_dict(), "t.pth")
         options = ["--distillation-type", "hard", "--teacher-model", "deit_micro_patch4_32", "--teacher-path", "t.pth"]
         fails([*TINY, *options], "needs a model with a distillation token", capsys)
+
+    def test_a_teacher_that_does_not_fit(self, capsys):
+        torch.save(timm.create_model("deit_micro_patch4_32", img_size=32, num_classes=7).state_dict(), "seven.pth")
+        options = ["--model", "deit_tiny_distilled_patch16_224", "--input-size", "32", "--distillation-type", "hard"]
+        teacher = ["--teacher-model", "deit_micro_patch4_32", "--teacher-path", "seven.pth"]
+        fails([*TINY, *options, *teacher], "--teacher-path seven.pth does not fit the model", capsys)
+        teacher = ["--teacher-model", "x", "--teacher-path", "y"]
+        fails([*TINY, *options, *teacher], "--teacher-model must be a model of timm", capsys)
+
+    @pytest.mark.parametrize("workers", ["0", "1"])
+    def test_a_broken_image_is_named(self, workers, folder, capsys):
+        (folder / "train" / "dark" / "3.png").write_bytes(b"no image")
+        options = ["--data-set", "FOLDER", "--data-path", str(folder), "--batch-size", "2", "--input-size", "8"]
+        options += ["--model", "deit_micro_patch4_32", "--num-workers", workers, "--repeats", "1", "--device", "cpu"]
+        assert main([*options, "--epochs", "1", "--output-dir", "out"]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.search(r"main.py: error: \S+3\.png is not a readable image", error)
+
+    def test_a_finished_run_has_nothing_to_do(self, capsys):
+        assert main([*TINY, "--epochs", "1", "--output-dir", "out"]) == 0
+        assert main([*TINY, "--epochs", "1", "--resume", "out/checkpoint.pth", "--output-dir", "other"]) == 0
+        assert "all its 1 epochs done" in capsys.readouterr().out and not Path("other").exists()
 
     def test_a_loss_that_is_not_finite(self, capsys):
         assert main([*TINY, "--lr", "1e30", "--epochs", "3", "--output-dir", "out"]) == 1
@@ -324,16 +359,17 @@ def test_defaults_are_deits_recipe_on_imagenet():
     assert {name: getattr(args, name) for name in wanted} == wanted
 
 
-def test_checkpoint_is_written_in_one_piece(tmp_path, monkeypatch):
-    """A crash while writing leaves the checkpoint of before."""
-    assert main([*TINY, "--epochs", "1", "--output-dir", "out"]) == 0
-    before = Path("out/checkpoint.pth").read_bytes()
+def test_checkpoint_is_written_in_one_piece(monkeypatch, capsys):
+    """A crash while writing the second checkpoint leaves the first."""
+    save = torch.save
 
     def crash(state, path):
+        if state["epoch"] == 1:
+            return save(state, path)
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(checkpoint.torch, "save", crash)
-    with pytest.raises(OSError, match="disk full"):
-        main([*TINY, "--epochs", "2", "--output-dir", "out", "--resume", "auto"])
-    assert Path("out/checkpoint.pth").read_bytes() == before
+    assert main([*TINY, "--output-dir", "out"]) == 2
+    assert capsys.readouterr().err.strip().endswith("main.py: error: disk full")
+    assert torch.load("out/checkpoint.pth", weights_only=True)["epoch"] == 1

@@ -278,7 +278,31 @@ def test_wrong_channels_are_refused(device):
         make(Recipe(), device)(torch.ones(2, 71, device=device))
 
 
+def test_integers_are_refused(device):
+    with pytest.raises(TypeError, match="floating-point tensor, got torch.int64"):
+        make(Recipe(), device)(torch.ones(2, 70, device=device, dtype=torch.int64))
+
+
+def test_float64_stays_float64_under_autocast(device, randn):
+    layer, x = make(ALL_NEAREST, device).double(), randn(5, 70)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = layer(x.double())
+    expected = quantize_mx(x).dequantize().double() @ quantize_mx(layer.weight).dequantize().double().T + layer.bias
+    assert y.dtype == torch.float64 and relative_error(y, expected) < 1e-12
+
+
 class TestModule:
+    def test_a_layer_in_two_places_is_swapped_in_both(self):
+        model = nn.ModuleDict({"a": nn.ModuleDict({"fc": nn.Linear(4, 4)}), "b": nn.ModuleDict()})
+        model["b"]["fc"] = model["a"]["fc"]
+        swap_linears(model, Recipe(), names="fc")
+        assert isinstance(model["a"]["fc"], QuantLinear) and model["a"]["fc"] is model["b"]["fc"]
+
+    def test_a_loaded_average_has_memory_of_its_own(self):
+        layer, weights = QuantLinear(8, 4, recipe=Recipe().with_q_ema()), nn.Linear(8, 4).state_dict()
+        layer.load_state_dict(weights, assign=True)
+        assert layer.weight_ema.data_ptr() != layer.weight.data_ptr()
+
     def test_shares_parameters_and_state_dict_keys_of_nn_linear(self):
         linear = nn.Linear(8, 4).eval()
         layer = QuantLinear.from_linear(linear, Recipe())

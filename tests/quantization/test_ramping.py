@@ -205,8 +205,17 @@ def test_bad_periods():
         optimizer.set_periods({other: torch.ones(3)})
     with pytest.raises(ValueError, match=r"parameter's shape \(3,\), got shape \(2,\)"):
         optimizer.set_periods({p: torch.ones(2)})
-    with pytest.raises(ValueError, match="at least 1"):
-        optimizer.set_periods({p: torch.tensor([1, 0, 1])})
+    for bad in ([1, 0, 1], [1.0, 1.5, 2.0], [1.0, torch.nan, 2.0]):
+        with pytest.raises(ValueError, match="whole numbers of at least 1"):
+            optimizer.set_periods({p: torch.tensor(bad)})
+    assert not optimizer.state
+    half = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="fp32 master weights, got a parameter in torch.bfloat16"):
+        RampingAdamW([half]).set_periods({half: torch.ones(3)})
+    mine = torch.ones(3)
+    optimizer.set_periods({p: mine})
+    mine.fill_(7)
+    assert (optimizer.state[p]["period"] == 1).all()
 
 
 def test_update_periods_formula():
