@@ -24,7 +24,7 @@ def test_known_answers(counter, key, words, device):
     tensors = [torch.tensor([word], device=device) for word in counter]
     result = philox(tuple(tensors), tuple(torch.tensor(k, device=device) for k in key))
     assert [word.item() for word in result] == words
-    assert philox(tuple(counter), tuple(key)) == tuple(words) or counter == [0xFFFFFFFF] * 4
+    assert philox(tuple(counter), tuple(key)) == tuple(words)  # plain integers too
 
 
 def test_group_bits_are_uniform_and_depend_on_every_bit_of_the_key(device):
