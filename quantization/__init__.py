@@ -1,11 +1,12 @@
 """MXFP4 training: number formats, quantizers, the linear layer, Q-EMA, Q-Ramping and measures of oscillation.
 
 Knows nothing of models, data sets or command lines. Imports point one way: formats -> recipe, philox -> reference,
-kernels -> mx -> linear -> q_ema, oscillation -> ramping.
+kernels -> mx, matmul -> linear -> q_ema, oscillation -> ramping.
 """
 
 from .formats import Element, Rounding, Scaling
-from .linear import BLOCK_LINEARS, QuantLinear, quant_linears, swap_linears
+from .linear import BLOCK_LINEARS, QuantLinear, quant_linears, set_matmul, swap_linears
+from .matmul import Matmul, has_fp8
 from .mx import MXTensor, quantize_mx
 from .oscillation import OSCILLATION_THRESHOLD, PathLengths
 from .q_ema import QEma, plain_rounding
@@ -18,6 +19,7 @@ __all__ = [
     "RECIPES",
     "Element",
     "MXTensor",
+    "Matmul",
     "PathLengths",
     "QEma",
     "QuantLinear",
@@ -27,9 +29,11 @@ __all__ = [
     "Rounding",
     "Scaling",
     "detect_oscillation",
+    "has_fp8",
     "plain_rounding",
     "quant_linears",
     "quantize_mx",
+    "set_matmul",
     "swap_linears",
     "update_periods",
 ]

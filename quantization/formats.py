@@ -28,6 +28,8 @@ ZERO_GROUP_BITS = 0x322BCC77  # fp32 1e-8, which stands in for the largest magni
 
 RANDOM_BITS = 16  # random bits that decide one stochastic rounding
 
+FP8_ROW_MULTIPLE = 16  # FP8 matmuls want operands whose rows are a multiple of 16 bytes
+
 
 @dataclass(frozen=True)
 class ElementFormat:
@@ -92,3 +94,23 @@ class Rounding(str, Enum):
     """q2 with probability (y - q1) / (q2 - q1), so that the expectation is y."""
     EMA = "ema"
     """The one nearer to the weight's moving average (Q-EMA); a tie goes to q2."""
+
+
+class Fp8(str, Enum):
+    """FP8 format of a matmul operand (OCP OFP8 v1.0). An element times its scale, over one power of two for the whole
+    tensor, is exact in it as long as the groups' scales lie within `binades` of each other."""
+
+    E5M2 = "e5m2"
+    """For activations and gradients in their own order of magnitude: 28 binades of E2M1 scales."""
+    E4M3 = "e4m3"
+    """For what multiplies an E5M2 operand, since tensor cores take at most one of those: 14 binades."""
+
+
+_FP8_EXPONENTS = {Fp8.E5M2: (-16, 15), Fp8.E4M3: (-9, 8)}
+"""Exponents of the smallest subnormal and of the largest numbers, which include 1.5 times that power of two."""
+
+
+def fp8_range(fp8: Fp8, fmt: ElementFormat) -> tuple[int, int]:
+    """The least and the greatest exponent s for which every element of `fmt` times 2**s is exact in `fp8`."""
+    least, most = _FP8_EXPONENTS[fp8]
+    return least - fmt.min_exponent + fmt.mantissa_bits, most - fmt.max_exponent

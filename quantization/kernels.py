@@ -1,10 +1,11 @@
-"""MX quantization in Triton: the two functions of `reference.py`, bit for bit.
+"""MX quantization in Triton: the five functions of `reference.py`, bit for bit.
 
-One program reads a tile of rows x groups once and writes whatever was asked for: values, packed codes, scales. No
-noise tensor exists; the random bits are computed in registers. Arithmetic on scales and steps is done on fp32 bit
-patterns, so that no rounding, flushing or reordering by a compiler can change a decision.
+A program reads a tile once and writes whatever was asked for: values, packed codes, scales. No noise tensor exists;
+the random bits are computed in registers. Arithmetic on scales and steps is done on fp32 bit patterns, so that no
+rounding, flushing or reordering by a compiler can change a decision.
 
-Shapes are those of `reference.py`: R rows, L elements in a row, G groups in a row, B bytes of codes in a row.
+Shapes are those of `reference.py`: R rows, L elements in a row, G groups in a row, B bytes of codes in a row; N x C is
+a matrix that is quantized along both axes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .formats import (
+    FP8_ROW_MULTIPLE,
     FP32_EXPONENT_BIAS,
     FP32_EXPONENT_MASK,
     FP32_MAGNITUDE_MASK,
@@ -29,11 +31,14 @@ from .formats import (
     SIGN_CODE,
     ZERO_GROUP_BITS,
     Element,
+    Fp8,
     Rounding,
     Scaling,
+    fp8_range,
 )
 from .philox import COUNTERS_PER_GROUP, KEY_INCREMENTS, MULTIPLIERS, ROUNDS, WORD_MASK
-from .reference import Quantized
+from .recipe import Quantizer
+from .reference import TORCH_FP8, Operand, Packed, Quantized
 
 _BIAS = tl.constexpr(FP32_EXPONENT_BIAS)
 _EXPONENT_MASK = tl.constexpr(FP32_EXPONENT_MASK)
@@ -52,7 +57,9 @@ _M0, _M1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
 _K0, _K1 = tl.constexpr(KEY_INCREMENTS[0]), tl.constexpr(KEY_INCREMENTS[1])
 _ROUNDS = tl.constexpr(ROUNDS)
 _WORD_MASK = tl.constexpr(WORD_MASK)
-_DRAWS = tl.constexpr(float(2**RANDOM_BITS))
+_RANDOM_BITS = tl.constexpr(RANDOM_BITS)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_ONE, _TWO = tl.constexpr(1), tl.constexpr(2.0)  # what stands to the left of a constexpr must be one
 
 _NEAREST = tl.constexpr(0)
 _STOCHASTIC = tl.constexpr(1)
@@ -61,6 +68,8 @@ _ROUNDING_INDEX = {Rounding.NEAREST: 0, Rounding.STOCHASTIC: 1, Rounding.EMA: 2}
 
 # Elements in a tile. 4096 keeps four warps at 32 elements a thread; rows and columns are split by the layout.
 _TILE = 4096
+# Columns of a tile of `_quantize_along_kernel`: 32 elements a thread along rows, 32 rows by 2 columns along columns.
+_ROW_BLOCK, _COLUMN_BLOCK = 128, 256
 
 
 @triton.jit
@@ -90,11 +99,51 @@ def _philox(counter, key):
 
 
 @triton.jit
+def _dither(counter, key, MANTISSA: tl.constexpr):
+    """What stochastic rounding adds to fp32 bits, int32 [..., 2, 2, 2] for the eight elements of every counter."""
+    w0, w1, w2, w3 = _philox(counter.to(tl.uint64), key)
+    # Joining (w0, w2) with (w1, w3) lays the words out in the order w0 w1 w2 w3; each serves two elements.
+    word = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    KEPT: tl.constexpr = _MANTISSA_BITS - MANTISSA
+    low = (~word & 0xFFFF) << (KEPT - _RANDOM_BITS)
+    high = (~word & 0xFFFF0000) >> (32 - KEPT)
+    return tl.join(low, high).to(tl.int32)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest_finite(bits):
+    """Bits of the largest finite magnitude in a tile of fp32 bits; 0 if there is none."""
+    magnitude_bits = tl.ravel(bits & _MAGNITUDE_MASK)
+    return tl.max(tl.where(magnitude_bits < _EXPONENT_MASK, magnitude_bits, 0), axis=0)
+
+
+@triton.jit
+def _scale_byte(largest_bits, MAX_EXPONENT: tl.constexpr, MAX_MANTISSA: tl.constexpr, TRUNCATION_FREE: tl.constexpr):
+    """The scale of groups from the bits of their largest magnitudes."""
+    bits = tl.where(largest_bits == 0, _ZERO_GROUP, largest_bits)
+    byte = (bits >> _MANTISSA_BITS) - MAX_EXPONENT
+    if TRUNCATION_FREE:
+        byte += ((bits & _MANTISSA_MASK) > MAX_MANTISSA).to(tl.int32)
+    return tl.maximum(byte, 0)
+
+
+@triton.jit
 def _scale_of(byte):
     """fp32 2**(byte - 127); NaN for 0xFF."""
     bits = tl.where(byte == 0, _SUBNORMAL_HALF, byte << _MANTISSA_BITS)
     bits = tl.where(byte == _SCALE_NAN, _NAN, bits)
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _inverse_scale_of(byte):
+    """fp32 2**(127 - byte) for a finite scale."""
+    return ((-byte + 2 * _BIAS) << _MANTISSA_BITS).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -107,26 +156,89 @@ def _load_fp32(ptrs, mask):
 
 
 @triton.jit
-def _store_values(ptrs, magnitude, sign_bits, scale, mask, LIMIT: tl.constexpr):
-    """Store +-magnitude * scale, saturated at the largest number LIMIT of the destination; NaN stays NaN."""
+def _stored(magnitude, scale, sign_bits, DTYPE: tl.constexpr, LIMIT: tl.constexpr):
+    """+-magnitude * scale in DTYPE, saturated at its largest number LIMIT; NaN stays NaN."""
     product = magnitude * scale
-    product = tl.where(product > LIMIT, LIMIT, product)
+    if LIMIT > 0:
+        product = tl.where(product > LIMIT, LIMIT, product)
     bits = product.to(tl.int32, bitcast=True) | sign_bits
-    if ptrs.dtype.element_ty == tl.bfloat16:  # two significant bits: the lower half is zero
-        values = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        values = bits.to(tl.float32, bitcast=True).to(ptrs.dtype.element_ty)
-    tl.store(ptrs, values, mask=mask)
+    if DTYPE == tl.bfloat16:  # two significant bits: the lower half is zero
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    value = bits.to(tl.float32, bitcast=True)
+    converted = value.to(DTYPE)
+    if _INTERPRETED and DTYPE == tl.float8e4nv:  # Triton's interpreter knows no NaN there
+        fp8_bits = tl.where(value != value, 0x7F, converted.to(tl.uint8, bitcast=True))
+        converted = fp8_bits.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    return converted
 
 
 @triton.jit
 def _grid_magnitude(code, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
-    """fp32 value of a magnitude code 0..7, built from its exponent and mantissa fields."""
-    LEAST: tl.constexpr = _BIAS + MIN_EXPONENT
-    spacing_exponent = tl.maximum((code >> MANTISSA) - 1, 0) + LEAST - MANTISSA
-    spacing = (spacing_exponent << _MANTISSA_BITS).to(tl.float32, bitcast=True)
-    steps = tl.where((code >> MANTISSA) > 0, (code & ((1 << MANTISSA) - 1)) + (1 << MANTISSA), code)
-    return steps.to(tl.float32) * spacing
+    """fp32 value of a magnitude code 0..7, which is a small float: moved to an fp32's exponent and rebiased."""
+    FACTOR: tl.constexpr = _TWO ** (_BIAS - 1 + MIN_EXPONENT)
+    return (code << (_MANTISSA_BITS - MANTISSA)).to(tl.float32, bitcast=True) * FACTOR
+
+
+@triton.jit
+def _add_least(y, MIN_EXPONENT: tl.constexpr):
+    """2**MIN_EXPONENT where y lies below it, else 0: what gives y the spacing of the least binade."""
+    LEAST: tl.constexpr = _TWO**MIN_EXPONENT
+    return tl.where(y < LEAST, LEAST, 0.0)
+
+
+@triton.jit
+def _round_stochastic(y, dither, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
+    """Magnitude code of y >= 0."""
+    KEPT: tl.constexpr = _MANTISSA_BITS - MANTISSA
+    BELOW_TIE: tl.constexpr = (_ONE << (KEPT - _RANDOM_BITS - 1)) - 1
+    FIRST: tl.constexpr = (_BIAS + MIN_EXPONENT) << MANTISSA
+    least = _add_least(y, MIN_EXPONENT)
+    bits = (y + least).to(tl.int32, bitcast=True) + BELOW_TIE + dither
+    return (bits >> KEPT) - FIRST + tl.where(least > 0, 0, _ONE << MANTISSA)
+
+
+@triton.jit
+def _round_stochastic_to_value(y, dither, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
+    """The number of the grid, in fp32, whose code `_round_stochastic` gives."""
+    KEPT: tl.constexpr = _MANTISSA_BITS - MANTISSA
+    BELOW_TIE: tl.constexpr = (_ONE << (KEPT - _RANDOM_BITS - 1)) - 1
+    least = _add_least(y, MIN_EXPONENT)
+    bits = (y + least).to(tl.int32, bitcast=True) + BELOW_TIE + dither
+    return (bits & -(_ONE << KEPT)).to(tl.float32, bitcast=True) - least
+
+
+@triton.jit
+def _round_nearest(y, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
+    """Magnitude code of y >= 0; ties to the even code."""
+    LEAST_BINADE: tl.constexpr = (_BIAS + MIN_EXPONENT) << _MANTISSA_BITS
+    binade_bits = tl.maximum(y.to(tl.int32, bitcast=True) & _EXPONENT_MASK, LEAST_BINADE)
+    binade = (binade_bits - LEAST_BINADE) >> (_MANTISSA_BITS - MANTISSA)
+    if MANTISSA > 0:
+        # Beside a power of two whose last bit is worth the spacing, fp32 addition rounds to the grid, ties to even.
+        unit_bits = binade_bits + ((_MANTISSA_BITS - MANTISSA) << _MANTISSA_BITS)
+        rounded = y + unit_bits.to(tl.float32, bitcast=True)
+        return rounded.to(tl.int32, bitcast=True) - unit_bits + binade
+    t = y * ((-binade_bits + ((2 * _BIAS) << _MANTISSA_BITS)).to(tl.float32, bitcast=True))
+    t_floor = tl.floor(t)
+    fraction = t - t_floor
+    code = t_floor.to(tl.int32) + binade
+    return code + ((fraction > 0.5) | ((fraction == 0.5) & ((code & 1) == 1))).to(tl.int32)
+
+
+@triton.jit
+def _round_to_ema(y, ema, negative, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
+    """Magnitude code of y >= 0: the neighbour nearer to `ema`, which is scaled like y and has a sign."""
+    LEAST_BINADE: tl.constexpr = (_BIAS + MIN_EXPONENT) << _MANTISSA_BITS
+    binade_bits = tl.maximum(y.to(tl.int32, bitcast=True) & _EXPONENT_MASK, LEAST_BINADE)
+    inverse_spacing = (-binade_bits + ((2 * _BIAS + MANTISSA) << _MANTISSA_BITS)).to(tl.float32, bitcast=True)
+    t = y * inverse_spacing
+    t_floor = tl.floor(t)
+    ema_t = ema * inverse_spacing
+    ema_t = tl.where(negative, -ema_t, ema_t)
+    midpoint = t_floor + 0.5
+    upper = ((ema_t > midpoint) | ((ema_t == midpoint) & (negative == 0))) & (t > t_floor)
+    code = t_floor.to(tl.int32) + ((binade_bits - LEAST_BINADE) >> (_MANTISSA_BITS - MANTISSA))
+    return code + upper.to(tl.int32)
 
 
 @triton.jit
@@ -138,6 +250,7 @@ def _quantize_kernel(
     values_ptr,
     codes_ptr,
     scales_ptr,
+    largest_ptr,
     rows,
     length,
     x_stride_r,
@@ -154,6 +267,7 @@ def _quantize_kernel(
     VALUES: tl.constexpr,
     LIMIT: tl.constexpr,
     PACK: tl.constexpr,
+    TRACK_LARGEST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
@@ -164,73 +278,47 @@ def _quantize_kernel(
     col = tl.program_id(1).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     mask = (r[:, None] < rows) & (col[None, :] < length)
     x = _load_fp32(x_ptr + r[:, None] * x_stride_r + col[None, :] * x_stride_l, mask)
-    bits = x.to(tl.int32, bitcast=True).reshape(BLOCK_R, BLOCK_G, _GROUP)
-    magnitude_bits = bits & _MAGNITUDE_MASK
+    x = x.reshape(BLOCK_R, BLOCK_G, _GROUP)
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = tl.abs(x)
 
-    largest_bits = tl.max(magnitude_bits, axis=2)
+    largest_bits = tl.reduce(magnitude, 2, _larger).to(tl.int32, bitcast=True) & _MAGNITUDE_MASK
     broken = largest_bits >= _EXPONENT_MASK
+    if TRACK_LARGEST:
+        largest = tl.max(tl.ravel(tl.where(broken, 0, largest_bits)), axis=0)
+        if tl.max(tl.ravel(broken.to(tl.int32)), axis=0) > 0:
+            largest = _largest_finite(bits)
+        tl.atomic_max(largest_ptr, largest, sem="relaxed")
     if ROUNDING == _EMA:
         ema_ptrs = ema_ptr + r[:, None] * ema_stride_r + col[None, :] * ema_stride_l
         ema = _load_fp32(ema_ptrs, mask).reshape(BLOCK_R, BLOCK_G, _GROUP)
         ema_bits = ema.to(tl.int32, bitcast=True) & _MAGNITUDE_MASK
         broken = broken | (tl.max(ema_bits, axis=2) >= _EXPONENT_MASK)
-    largest_bits = tl.where(largest_bits == 0, _ZERO_GROUP, largest_bits)
-    scale_byte = (largest_bits >> _MANTISSA_BITS) - MAX_EXPONENT
-    if TRUNCATION_FREE:
-        scale_byte += ((largest_bits & _MANTISSA_MASK) > MAX_MANTISSA).to(tl.int32)
-    scale_byte = tl.maximum(scale_byte, 0)
-
-    inverse_scale = ((-scale_byte + 2 * _BIAS) << _MANTISSA_BITS).to(tl.float32, bitcast=True)[:, :, None]
-    y = magnitude_bits.to(tl.float32, bitcast=True) * inverse_scale
-    LEAST_BINADE: tl.constexpr = (_BIAS + MIN_EXPONENT) << _MANTISSA_BITS
-    binade_bits = tl.maximum(y.to(tl.int32, bitcast=True) & _EXPONENT_MASK, LEAST_BINADE)
-    inverse_spacing_bits = -binade_bits + ((2 * _BIAS + MANTISSA) << _MANTISSA_BITS)
-    inverse_spacing = inverse_spacing_bits.to(tl.float32, bitcast=True)
-    t = y * inverse_spacing
-    t_floor = tl.floor(t)
-    fraction = t - t_floor
-    code = t_floor.to(tl.int32) + ((binade_bits - LEAST_BINADE) >> (_MANTISSA_BITS - MANTISSA))
-
+    scale_byte = _scale_byte(largest_bits, MAX_EXPONENT, MAX_MANTISSA, TRUNCATION_FREE)
+    inverse_scale = _inverse_scale_of(scale_byte)[:, :, None]
+    y = magnitude * inverse_scale
     if ROUNDING == _STOCHASTIC:
-        counter_col = tl.program_id(1).to(tl.int64) * (BLOCK_G * _COUNTERS) + tl.arange(0, BLOCK_G * _COUNTERS)
-        counter = r[:, None] * num_groups * _COUNTERS + counter_col[None, :]
-        w0, w1, w2, w3 = _philox(counter.to(tl.uint64), tl.load(key_ptr))
-        # Joining (w0, w2) with (w1, w3) lays the words out in the order w0 w1 w2 w3.
-        word = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-        draw = tl.join(word & 0xFFFF, word >> 16).reshape(BLOCK_R, BLOCK_G, _GROUP).to(tl.int32)
-        upper = draw.to(tl.float32) + 0.5 < fraction * _DRAWS
+        j = tl.arange(0, _COUNTERS)
+        counter = (r[:, None, None] * num_groups + g[None, :, None]) * _COUNTERS + j[None, None, :]
+        dither = _dither(counter, tl.load(key_ptr), MANTISSA).reshape(BLOCK_R, BLOCK_G, _GROUP)
+        code = _round_stochastic(y, dither, MANTISSA, MIN_EXPONENT)
     else:
-        upper = (fraction > 0.5) | ((fraction == 0.5) & ((code & 1) == 1))
+        code = _round_nearest(y, MANTISSA, MIN_EXPONENT)
         if ROUNDING == _EMA:
-            negative = bits < 0
-            ema_t = ema * inverse_scale * inverse_spacing
-            ema_t = tl.where(negative, -ema_t, ema_t)
-            midpoint = t_floor + 0.5
-            by_ema = (ema_t > midpoint) | ((ema_t == midpoint) & (negative == 0))
-            by_ema = by_ema & (fraction > 0)
+            by_ema = _round_to_ema(y, ema * inverse_scale, bits < 0, MANTISSA, MIN_EXPONENT)
             if HAS_EMA_ACTIVE:
-                active = tl.load(ema_active_ptr) != 0
-                upper = (by_ema & active) | (upper & (active == 0))
-            else:
-                upper = by_ema
-    code = tl.minimum(code + upper.to(tl.int32), _MAX_CODE)
+                by_ema = tl.where(tl.load(ema_active_ptr) != 0, by_ema, code)
+            code = by_ema
+    code = tl.minimum(code, _MAX_CODE)
     code = tl.where(broken[:, :, None], 0, code)
     scale_byte = tl.where(broken, _SCALE_NAN, scale_byte)
 
     if VALUES:
         # Keep the zeros that fill up a group, and the sign of a value that rounds to zero.
-        sign_bits = bits & ~_MAGNITUDE_MASK
         magnitude = _grid_magnitude(code, MANTISSA, MIN_EXPONENT)
         scale = _scale_of(scale_byte)[:, :, None].broadcast_to(BLOCK_R, BLOCK_G, _GROUP)
-        values_ptrs = values_ptr + r[:, None] * length + col[None, :]
-        _store_values(
-            values_ptrs,
-            magnitude.reshape(BLOCK_R, BLOCK_L),
-            sign_bits.reshape(BLOCK_R, BLOCK_L),
-            scale.reshape(BLOCK_R, BLOCK_L),
-            mask,
-            LIMIT,
-        )
+        values = _stored(magnitude, scale, bits & ~_MAGNITUDE_MASK, values_ptr.dtype.element_ty, LIMIT)
+        tl.store(values_ptr + r[:, None] * length + col[None, :], values.reshape(BLOCK_R, BLOCK_L), mask=mask)
     if PACK:
         code = tl.where((bits < 0) & (broken[:, :, None] == 0), code + _SIGN_CODE, code)
         low, high = tl.split(code.reshape(BLOCK_R, BLOCK_L // 2, 2))
@@ -244,14 +332,50 @@ def _quantize_kernel(
 
 
 @triton.jit
+def _fp8_exponent_byte(
+    largest_bits,
+    MAX_EXPONENT: tl.constexpr,
+    MAX_MANTISSA: tl.constexpr,
+    TRUNCATION_FREE: tl.constexpr,
+    FP8_TOP: tl.constexpr,
+):
+    """e + 127 of the power of two 2**e that FP8 values are multiplied by."""
+    return tl.maximum(_scale_byte(largest_bits, MAX_EXPONENT, MAX_MANTISSA, TRUNCATION_FREE) - FP8_TOP, 1)
+
+
+@triton.jit
+def _fp8_factor(scale_byte, exponent_byte, broken, FP8_BOTTOM: tl.constexpr):
+    """fp32 scale of a group over 2**e: 0 for a group out of FP8's range."""
+    bits = tl.where(scale_byte < exponent_byte + FP8_BOTTOM, 0, (scale_byte - exponent_byte + _BIAS) << _MANTISSA_BITS)
+    return tl.where(broken, _NAN, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _count_lost(lost_ptr, lost):
+    count = tl.sum(tl.ravel(lost.to(tl.int32)), axis=0)
+    if count > 0:
+        tl.atomic_add(lost_ptr, count.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
 def _dequantize_kernel(
     codes_ptr,
     scales_ptr,
+    largest_ptr,
     values_ptr,
+    operand_scale_ptr,
+    lost_ptr,
     rows,
     length,
+    values_length,
     MANTISSA: tl.constexpr,
     MIN_EXPONENT: tl.constexpr,
+    MAX_EXPONENT: tl.constexpr,
+    MAX_MANTISSA: tl.constexpr,
+    TRUNCATION_FREE: tl.constexpr,
+    FP8: tl.constexpr,
+    FP8_TOP: tl.constexpr,
+    FP8_BOTTOM: tl.constexpr,
     LIMIT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -268,12 +392,197 @@ def _dequantize_kernel(
     group_mask = (r[:, None] < rows) & (g[None, :] < num_groups)
     scale_byte = tl.load(scales_ptr + r[:, None] * num_groups + g[None, :], mask=group_mask, other=0).to(tl.int32)
 
-    code = tl.join(packed & 0xF, packed >> 4).reshape(BLOCK_R, BLOCK_L)
+    code = tl.join(packed & 0xF, packed >> 4).reshape(BLOCK_R, BLOCK_G, _GROUP)
     magnitude = _grid_magnitude(code & _MAX_CODE, MANTISSA, MIN_EXPONENT)
-    scale = _scale_of(scale_byte)[:, :, None].broadcast_to(BLOCK_R, BLOCK_G, _GROUP).reshape(BLOCK_R, BLOCK_L)
+    if FP8:
+        exponent_byte = _fp8_exponent_byte(tl.load(largest_ptr), MAX_EXPONENT, MAX_MANTISSA, TRUNCATION_FREE, FP8_TOP)
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.store(operand_scale_ptr, _scale_of(exponent_byte))
+        broken = scale_byte == _SCALE_NAN
+        scale = _fp8_factor(scale_byte, exponent_byte, broken, FP8_BOTTOM)
+        low = (scale_byte < exponent_byte + FP8_BOTTOM) & (tl.max(code & _MAX_CODE, axis=2) > 0)
+        _count_lost(lost_ptr, low)
+    else:
+        scale = _scale_of(scale_byte)
+    scale = scale[:, :, None].broadcast_to(BLOCK_R, BLOCK_G, _GROUP)
+    values = _stored(magnitude, scale, (code >> 3) << 31, values_ptr.dtype.element_ty, LIMIT)
+    mask = (r[:, None] < rows) & (col[None, :] < values_length)
+    tl.store(values_ptr + r[:, None] * values_length + col[None, :], values.reshape(BLOCK_R, BLOCK_L), mask=mask)
+
+
+@triton.jit
+def _load_tile(
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    n,
+    first_c,
+    rows,
+    length,
+    x_stride_n,
+    PACKED: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    MIN_EXPONENT: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+):
+    """fp32 [BLOCK_N, BLOCK_C] of a dense or packed matrix, from rows `n` and from column `first_c` on."""
+    if PACKED:
+        num_bytes = tl.cdiv(length, 2)
+        num_groups = tl.cdiv(length, _GROUP)
+        byte = first_c // 2 + tl.arange(0, BLOCK_C // 2)
+        if BY_COLUMN:
+            byte = tl.max_contiguous(byte, 1)
+        g = first_c // _GROUP + tl.arange(0, BLOCK_C // _GROUP)
+        byte_mask = (n[:, None] < rows) & (byte[None, :] < num_bytes)
+        packed = tl.load(codes_ptr + n[:, None] * num_bytes + byte[None, :], mask=byte_mask, other=0).to(tl.int32)
+        group_mask = (n[:, None] < rows) & (g[None, :] < num_groups)
+        scale_byte = tl.load(scales_ptr + n[:, None] * num_groups + g[None, :], mask=group_mask, other=0).to(tl.int32)
+        code = tl.join(packed & 0xF, packed >> 4)
+        magnitude = _grid_magnitude(code & _MAX_CODE, MANTISSA, MIN_EXPONENT)
+        scale = _scale_of(scale_byte)[:, :, None].broadcast_to(BLOCK_N, BLOCK_C // _GROUP, _GROUP)
+        scale = scale.reshape(BLOCK_N, BLOCK_C // 2, 2)
+        x = _stored(magnitude, scale, (code >> 3) << 31, tl.float32, LIMIT).reshape(BLOCK_N, BLOCK_C)
+    else:
+        c = first_c + tl.arange(0, BLOCK_C)
+        if BY_COLUMN:
+            # Two columns a thread: with all 32 rows in its registers, a group along a column needs no other thread.
+            # As int32, or the compiler would take the hint for the loads by row as well.
+            c = tl.max_contiguous(first_c.to(tl.int32) + tl.arange(0, BLOCK_C), 2)
+        mask = (n[:, None] < rows) & (c[None, :] < length)
+        x = _load_fp32(x_ptr + n[:, None] * x_stride_n + c[None, :], mask)
+    return x
+
+
+@triton.jit
+def _quantize_along_kernel(
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    key_ptr,
+    largest_ptr,
+    values_ptr,
+    operand_scale_ptr,
+    sum_ptr,
+    lost_ptr,
+    rows,
+    length,
+    x_stride_n,
+    values_length,
+    BY_COLUMN: tl.constexpr,
+    PACKED: tl.constexpr,
+    SOURCE_MANTISSA: tl.constexpr,
+    SOURCE_MIN_EXPONENT: tl.constexpr,
+    SOURCE_MAX_EXPONENT: tl.constexpr,
+    SOURCE_MAX_MANTISSA: tl.constexpr,
+    SOURCE_TRUNCATION_FREE: tl.constexpr,
+    SOURCE_LIMIT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    MIN_EXPONENT: tl.constexpr,
+    MAX_EXPONENT: tl.constexpr,
+    MAX_MANTISSA: tl.constexpr,
+    TRUNCATION_FREE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    FP8: tl.constexpr,
+    FP8_TOP: tl.constexpr,
+    FP8_BOTTOM: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    BLOCK_G: tl.constexpr = BLOCK_C // _GROUP
+    tile_n = tl.program_id(0).to(tl.int64)
+    n = tile_n * _GROUP + tl.arange(0, _GROUP)
+    first_c = tl.program_id(1).to(tl.int64) * BLOCK_C
+    c = first_c + tl.arange(0, BLOCK_C)
+    if PACKED:
+        num_bytes = tl.cdiv(length, 2)
+        num_groups = tl.cdiv(length, _GROUP)
+        byte = first_c // 2 + tl.arange(0, BLOCK_C // 2)
+        if BY_COLUMN:
+            byte = tl.max_contiguous(byte, 1)
+        g = first_c // _GROUP + tl.arange(0, BLOCK_G)
+        byte_mask = (n[:, None] < rows) & (byte[None, :] < num_bytes)
+        packed = tl.load(codes_ptr + n[:, None] * num_bytes + byte[None, :], mask=byte_mask, other=0).to(tl.int32)
+        group_mask = (n[:, None] < rows) & (g[None, :] < num_groups)
+        source_scale = tl.load(scales_ptr + n[:, None] * num_groups + g[None, :], mask=group_mask, other=0)
+        code = tl.join(packed & 0xF, packed >> 4)
+        source_magnitude = _grid_magnitude(code & _MAX_CODE, SOURCE_MANTISSA, SOURCE_MIN_EXPONENT)
+        source_scale = _scale_of(source_scale.to(tl.int32))[:, :, None].broadcast_to(_GROUP, BLOCK_G, _GROUP)
+        source_scale = source_scale.reshape(_GROUP, BLOCK_C // 2, 2)
+        x = _stored(source_magnitude, source_scale, (code >> 3) << 31, tl.float32, SOURCE_LIMIT)
+        x = x.reshape(_GROUP, BLOCK_C)
+    else:
+        load_c = c
+        if BY_COLUMN:
+            # Two columns a thread: with all 32 rows in its registers, a group along a column needs no other thread.
+            load_c = tl.max_contiguous(first_c.to(tl.int32) + tl.arange(0, BLOCK_C), 2)
+        mask = (n[:, None] < rows) & (load_c[None, :] < length)
+        x = _load_fp32(x_ptr + n[:, None] * x_stride_n + load_c[None, :], mask)
+    if SUM:
+        tl.store(sum_ptr + tile_n * length + c, tl.sum(x, axis=0), mask=c < length)
+
+    AXIS: tl.constexpr = 0 if BY_COLUMN else 2
+    if not BY_COLUMN:
+        x = x.reshape(_GROUP, BLOCK_G, _GROUP)
+    magnitude = tl.abs(x)
+    largest_bits = tl.reduce(magnitude, AXIS, _larger).to(tl.int32, bitcast=True) & _MAGNITUDE_MASK
+    broken = largest_bits >= _EXPONENT_MASK
+    scale_byte = _scale_byte(largest_bits, MAX_EXPONENT, MAX_MANTISSA, TRUNCATION_FREE)
+    y = magnitude * tl.expand_dims(_inverse_scale_of(scale_byte), AXIS)
+    if ROUNDING == _STOCHASTIC:
+        j = tl.arange(0, _COUNTERS)
+        key = tl.load(key_ptr)
+        if BY_COLUMN:
+            column_group = c * tl.cdiv(rows, _GROUP) + tile_n
+            dither = _dither(column_group[None, :] * _COUNTERS + j[:, None], key, MANTISSA)
+            dither = dither.permute(0, 2, 3, 4, 1).reshape(_GROUP, BLOCK_C)
+        else:
+            row_g = tl.program_id(1).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
+            row_group = n[:, None, None] * tl.cdiv(length, _GROUP) + row_g[None, :, None]
+            dither = _dither(row_group * _COUNTERS + j[None, None, :], key, MANTISSA)
+            dither = dither.reshape(_GROUP, BLOCK_G, _GROUP)
+        rounded = _round_stochastic_to_value(y, dither, MANTISSA, MIN_EXPONENT)
+    else:
+        code = tl.minimum(_round_nearest(y, MANTISSA, MIN_EXPONENT), _MAX_CODE)
+        rounded = _grid_magnitude(code, MANTISSA, MIN_EXPONENT)
+    if not TRUNCATION_FREE:
+        QP: tl.constexpr = (MAX_MANTISSA / 8388608.0 + 1.0) * _TWO**MAX_EXPONENT
+        rounded = tl.minimum(rounded, QP)
+    if FP8:
+        bound = tl.load(largest_ptr)
+        if PACKED:  # Qp times the largest scale that the source's quantizer gave
+            byte = _scale_byte(bound, SOURCE_MAX_EXPONENT, SOURCE_MAX_MANTISSA, SOURCE_TRUNCATION_FREE)
+            byte = byte + SOURCE_MAX_EXPONENT
+            bound = (byte << _MANTISSA_BITS) | SOURCE_MAX_MANTISSA
+            bound = tl.where(byte > 2 * _BIAS, _EXPONENT_MASK - 1, bound)
+        exponent_byte = _fp8_exponent_byte(bound, MAX_EXPONENT, MAX_MANTISSA, TRUNCATION_FREE, FP8_TOP)
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.store(operand_scale_ptr, _scale_of(exponent_byte))
+        factor = _fp8_factor(scale_byte, exponent_byte, broken, FP8_BOTTOM)
+        _count_lost(lost_ptr, (scale_byte < exponent_byte + FP8_BOTTOM) & (largest_bits > 0) & (broken == 0))
+    else:
+        factor = _scale_of(tl.where(broken, _SCALE_NAN, scale_byte))
+    sign_bits = x.to(tl.int32, bitcast=True) & ~_MAGNITUDE_MASK
+    values = _stored(rounded, tl.expand_dims(factor, AXIS), sign_bits, values_ptr.dtype.element_ty, LIMIT)
+    if BY_COLUMN:
+        values_ptrs = values_ptr + c[:, None] * values_length + n[None, :]
+        tl.store(values_ptrs, tl.trans(values), mask=(c[:, None] < length) & (n[None, :] < values_length))
+    else:
+        values_ptrs = values_ptr + n[:, None] * values_length + c[None, :]
+        mask = (n[:, None] < rows) & (c[None, :] < values_length)
+        tl.store(values_ptrs, values.reshape(_GROUP, BLOCK_C), mask=mask)
+
+
+@triton.jit
+def _largest_kernel(x_ptr, largest_ptr, rows, length, x_stride_r, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    col = tl.program_id(1).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     mask = (r[:, None] < rows) & (col[None, :] < length)
-    sign_bits = (code >> 3) << 31
-    _store_values(values_ptr + r[:, None] * length + col[None, :], magnitude, sign_bits, scale, mask, LIMIT)
+    x = _load_fp32(x_ptr + r[:, None] * x_stride_r + col[None, :], mask)
+    tl.atomic_max(largest_ptr, _largest_finite(x.to(tl.int32, bitcast=True)), sem="relaxed")
 
 
 def quantize(
@@ -287,21 +596,24 @@ def quantize(
     ema_active: Tensor | None = None,
     values_dtype: torch.dtype | None = None,
     pack: bool = True,
+    track_largest: bool = False,
 ) -> Quantized:
     """`reference.quantize`, bit for bit. `x_RL` and `ema_RL` may have any strides; the results are contiguous."""
     fmt = element.format
     rows, length = x_RL.shape
     device = x_RL.device
     groups = triton.cdiv(length, GROUP_SIZE)
-    values_RL = codes_RB = scales_RG = None
+    values_RL = codes_RB = scales_RG = largest = None
     if values_dtype is not None:
         values_RL = torch.empty(rows, length, dtype=values_dtype, device=device)
     if pack:
         codes_RB = torch.empty(rows, triton.cdiv(length, 2), dtype=torch.uint8, device=device)
         scales_RG = torch.empty(rows, groups, dtype=torch.uint8, device=device)
+    if track_largest:
+        largest = torch.zeros(1, dtype=torch.int32, device=device)
     if x_RL.numel():
         ema = x_RL if ema_RL is None else ema_RL
-        block_r, block_g = _blocks(x_RL, groups)
+        block_r, block_g = _blocks(x_RL.stride(1) == 1, groups)
         grid = (triton.cdiv(rows, block_r), triton.cdiv(groups, block_g))
         _quantize_kernel[grid](
             x_RL,
@@ -311,6 +623,7 @@ def quantize(
             values_RL,
             codes_RB,
             scales_RG,
+            largest,
             rows,
             length,
             *x_RL.stride(),
@@ -325,37 +638,185 @@ def quantize(
             VALUES=values_dtype is not None,
             LIMIT=torch.finfo(values_dtype or torch.float32).max,
             PACK=pack,
+            TRACK_LARGEST=track_largest,
             BLOCK_R=block_r,
             BLOCK_G=block_g,
         )
-    return Quantized(values_RL, codes_RB, scales_RG)
+    return Quantized(values_RL, codes_RB, scales_RG, largest)
 
 
 def dequantize(codes_RB: Tensor, scales_RG: Tensor, length: int, element: Element, dtype: torch.dtype) -> Tensor:
     """`reference.dequantize`, bit for bit."""
-    fmt = element.format
-    rows, groups = scales_RG.shape
-    values_RL = torch.empty(rows, length, dtype=dtype, device=codes_RB.device)
-    if values_RL.numel():
-        block_r, block_g = _blocks(values_RL, groups)
-        grid = (triton.cdiv(rows, block_r), triton.cdiv(groups, block_g))
-        _dequantize_kernel[grid](
-            codes_RB.contiguous(),
-            scales_RG.contiguous(),
-            values_RL,
-            rows,
-            length,
-            MANTISSA=fmt.mantissa_bits,
-            MIN_EXPONENT=fmt.min_exponent,
-            LIMIT=torch.finfo(dtype).max,
-            BLOCK_R=block_r,
-            BLOCK_G=block_g,
-        )
+    values_RL = torch.empty(scales_RG.shape[0], length, dtype=dtype, device=codes_RB.device)
+    _launch_dequantize(codes_RB, scales_RG, length, values_RL, Quantizer(element=element))
     return values_RL
 
 
-def _blocks(x_RL: Tensor, groups: int) -> tuple[int, int]:
+def to_fp8(packed: Packed, fp8: Fp8, largest: Tensor, lost: Tensor) -> Operand:
+    """`reference.to_fp8`, bit for bit."""
+    codes_RB, scales_RG, length, quantizer = packed
+    device = codes_RB.device
+    values_RL = torch.empty(
+        scales_RG.shape[0],
+        triton.cdiv(length, FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE,
+        dtype=TORCH_FP8[fp8],
+        device=device,
+    )
+    scale = torch.empty(1, dtype=torch.float32, device=device)
+    _launch_dequantize(codes_RB, scales_RG, length, values_RL, quantizer, fp8, largest, scale, lost)
+    return Operand(values_RL, scale)
+
+
+def _launch_dequantize(
+    codes_RB: Tensor,
+    scales_RG: Tensor,
+    length: int,
+    values_RL: Tensor,
+    quantizer: Quantizer,
+    fp8: Fp8 | None = None,
+    largest: Tensor | None = None,
+    scale: Tensor | None = None,
+    lost: Tensor | None = None,
+) -> None:
+    if not values_RL.numel():
+        return
+    fmt = quantizer.element.format
+    rows, values_length = values_RL.shape
+    bottom, top = (0, 0) if fp8 is None else fp8_range(fp8, fmt)
+    block_r, block_g = _blocks(True, scales_RG.shape[1])
+    grid = (triton.cdiv(rows, block_r), triton.cdiv(values_length, block_g * GROUP_SIZE))
+    _dequantize_kernel[grid](
+        codes_RB.contiguous(),
+        scales_RG.contiguous(),
+        largest,
+        values_RL,
+        scale,
+        lost,
+        rows,
+        length,
+        values_length,
+        MANTISSA=fmt.mantissa_bits,
+        MIN_EXPONENT=fmt.min_exponent,
+        MAX_EXPONENT=fmt.max_exponent,
+        MAX_MANTISSA=fmt.max_mantissa,
+        TRUNCATION_FREE=quantizer.scaling is Scaling.TRUNCATION_FREE,
+        FP8=fp8 is not None,
+        FP8_TOP=top,
+        FP8_BOTTOM=bottom,
+        LIMIT=0.0 if fp8 is not None else torch.finfo(values_RL.dtype).max,
+        BLOCK_R=block_r,
+        BLOCK_G=block_g,
+    )
+
+
+def largest_magnitude(x_RL: Tensor) -> Tensor:
+    """`reference.largest_magnitude`, bit for bit."""
+    if x_RL.stride(1) != 1:
+        x_RL = x_RL.contiguous()
+    largest = torch.zeros(1, dtype=torch.int32, device=x_RL.device)
+    if x_RL.numel():
+        rows, length = x_RL.shape
+        block_l = min(triton.next_power_of_2(length), 512)
+        block_r = 2 * _TILE // block_l
+        grid = (triton.cdiv(rows, block_r), triton.cdiv(length, block_l))
+        _largest_kernel[grid](x_RL, largest, rows, length, x_RL.stride(0), BLOCK_R=block_r, BLOCK_L=block_l)
+    return largest
+
+
+def quantize_both(
+    source: Tensor | Packed,
+    rows: Quantizer | None,
+    columns: Quantizer | None,
+    *,
+    keys: tuple[Tensor | None, Tensor | None] = (None, None),
+    dtype: torch.dtype | None = None,
+    fp8: Fp8 | None = None,
+    largest: Tensor | None = None,
+    lost: Tensor | None = None,
+    with_sum: bool = False,
+) -> tuple[Operand | None, Operand | None, Tensor | None]:
+    """`reference.quantize_both`, bit for bit but for the order in which a column is summed up."""
+    row_operand, _ = _quantize_along(source, rows, False, keys[0], dtype, fp8, largest, lost, False)
+    column_operand, total = _quantize_along(source, columns, True, keys[1], dtype, fp8, largest, lost, with_sum)
+    if with_sum and total is None:
+        total = source.sum(dim=0, dtype=torch.float32)
+    return row_operand, column_operand, total
+
+
+def _quantize_along(
+    source: Tensor | Packed,
+    q: Quantizer | None,
+    by_column: bool,
+    key: Tensor | None,
+    dtype: torch.dtype | None,
+    fp8: Fp8 | None,
+    largest: Tensor | None,
+    lost: Tensor | None,
+    with_sum: bool,
+) -> tuple[Operand | None, Tensor | None]:
+    if q is None:
+        return None, None
+    x = codes = scales = scale = sums = None
+    stride, source_q = 0, Quantizer()
+    if isinstance(source, Packed):
+        codes, scales = source.codes_RB.contiguous(), source.scales_RG.contiguous()
+        num_rows, length, device, source_q = scales.shape[0], source.length, codes.device, source.quantizer
+    else:
+        x = source if source.stride(1) == 1 else source.contiguous()
+        (num_rows, length), device, stride = x.shape, x.device, x.stride(0)
+    values_rows, values_length = (length, num_rows) if by_column else (num_rows, length)
+    if fp8 is not None:
+        dtype, values_length = TORCH_FP8[fp8], triton.cdiv(values_length, FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE
+        scale = torch.empty(1, dtype=torch.float32, device=device)
+    values_RL = torch.empty(values_rows, values_length, dtype=dtype, device=device)
+    tiles = triton.cdiv(num_rows, GROUP_SIZE)
+    if with_sum:  # one row of partial sums a tile; no tile, no row, and the sum is zero
+        sums = torch.empty(tiles, length, dtype=torch.float32, device=device)
+    if num_rows * length:
+        fmt, source_fmt = q.element.format, source_q.element.format
+        bottom, top = (0, 0) if fp8 is None else fp8_range(fp8, fmt)
+        widest = _COLUMN_BLOCK if by_column else _ROW_BLOCK
+        block_c = min(max(triton.next_power_of_2(length), GROUP_SIZE), widest)
+        _quantize_along_kernel[(tiles, triton.cdiv(length if by_column else values_length, block_c))](
+            x,
+            codes,
+            scales,
+            key,
+            largest,
+            values_RL,
+            scale,
+            sums,
+            lost,
+            num_rows,
+            length,
+            stride,
+            values_length,
+            BY_COLUMN=by_column,
+            PACKED=codes is not None,
+            SOURCE_MANTISSA=source_fmt.mantissa_bits,
+            SOURCE_MIN_EXPONENT=source_fmt.min_exponent,
+            SOURCE_MAX_EXPONENT=source_fmt.max_exponent,
+            SOURCE_MAX_MANTISSA=source_fmt.max_mantissa,
+            SOURCE_TRUNCATION_FREE=source_q.scaling is Scaling.TRUNCATION_FREE,
+            SOURCE_LIMIT=torch.finfo(torch.float32).max,
+            MANTISSA=fmt.mantissa_bits,
+            MIN_EXPONENT=fmt.min_exponent,
+            MAX_EXPONENT=fmt.max_exponent,
+            MAX_MANTISSA=fmt.max_mantissa,
+            TRUNCATION_FREE=q.scaling is Scaling.TRUNCATION_FREE,
+            ROUNDING=_ROUNDING_INDEX[q.rounding],
+            FP8=fp8 is not None,
+            FP8_TOP=top,
+            FP8_BOTTOM=bottom,
+            LIMIT=0.0 if fp8 is not None else torch.finfo(dtype).max,
+            SUM=with_sum,
+            BLOCK_C=block_c,
+            num_warps=max(block_c // 64, 1) if by_column else 4,
+        )
+    return Operand(values_RL, scale), sums.sum(dim=0) if with_sum else None
+
+
+def _blocks(along_rows: bool, groups: int) -> tuple[int, int]:
     """Rows and groups of a tile: long in the direction in which memory is contiguous."""
-    along_rows = x_RL.stride(1) == 1
     block_g = min(8 if along_rows else 2, triton.next_power_of_2(groups))
     return max(_TILE // (block_g * GROUP_SIZE), 1), block_g

@@ -15,9 +15,10 @@ its result:
 Q4 and Q6 quantize what the forward pass used a second time (double quantization), so that dX and dW are unbiased
 estimates of the straight-through gradient of the quantized forward pass: E[dX] = dY Q2(W), E[dW] = dY^T Q1(X).
 
-Every operand comes with its reduction axis last, so each matmul is `a @ b.T` of two row-major matrices. An E2M1
-value times a power of two is exact in bf16, hence multiplying the dequantized operands there, accumulated in fp32,
-is multiplying the codes.
+Every operand comes with its reduction axis last, so each matmul is `a @ b.T` of two row-major matrices; dY is read once
+for Q3 and Q5, Q4 and Q6 read the packed codes that the forward pass kept. An E2M1 value times a power of two is exact
+in bf16 and, with one power of two taken out of the whole tensor, in FP8: multiplying such operands, accumulated in
+fp32, is multiplying the codes. `matmul.py` says which it is.
 
 Shape suffixes: N tokens (all leading axes folded), D input channels, C output channels, B bytes of codes, G groups.
 """
@@ -25,16 +26,18 @@ Shape suffixes: N tokens (all leading axes folded), D input channels, C output c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .formats import Rounding
+from .formats import Fp8, Rounding
+from .matmul import Matmul, has_fp8, lost_groups, multiply
 from .mx import backend_for
 from .philox import fresh_keys
 from .recipe import Quantizer, Recipe
+from .reference import Operand, Packed
 
 BLOCK_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 """The linears of a transformer block, the layers that the paper quantizes."""
@@ -60,20 +63,59 @@ def _output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What does not depend on the numbers: the recipe, and the arithmetic of the three matmuls."""
+
+    recipe: Recipe
+    dtype: torch.dtype
+    fp8: bool
+    lost: Tensor | None = None
+
+    def fp8_of(self, first: Quantizer, second: Quantizer) -> tuple[Fp8, Fp8] | tuple[None, None]:
+        """FP8 formats of a matmul's operands: only what both quantizers have made fits. Gradients and, in the forward
+        pass, activations come first, since their scales span more binades than those of weights."""
+        return (Fp8.E5M2, Fp8.E4M3) if self.fp8 and first.enabled and second.enabled else (None, None)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the forward pass keeps of X or of W, as positions in the tensors saved for the backward pass.
+
+    Codes and scales where double quantization reads them, 4.25 bits a value, else the tensor as it came; and the
+    largest magnitude for FP8.
+    """
+
+    quantizer: Quantizer
+    length: int
+    packed: bool
+    has_largest: bool
+
+    def read(self, saved: list[Tensor]) -> tuple[Tensor | Packed, Tensor | None]:
+        """Takes its tensors from the front of `saved`."""
+        source = saved.pop(0)
+        if self.packed:
+            source = Packed(source, saved.pop(0), self.length, self.quantizer)
+        return source, saved.pop(0) if self.has_largest else None
+
+
 def _forward_operand(
     x_RL: Tensor,
     q: Quantizer,
-    dtype: torch.dtype,
+    plan: _Plan,
+    fp8: Fp8 | None,
+    keep_largest: bool,
+    keep_packed: bool,
     key: Tensor | None = None,
-    pack: bool = False,
     ema_RL: Tensor | None = None,
     ema_active: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Q1 or Q2: the operand of the forward matmul in `dtype`, and what the backward pass keeps of it: codes and
-    scales if `pack` asks for them, else the operand as it came."""
+) -> tuple[Operand, _Kept, tuple[Tensor, ...]]:
+    """Q1 or Q2: the operand of the forward matmul, and what the backward pass keeps."""
     if not q.enabled:
-        return x_RL.to(dtype), (x_RL,)
-    values_RL, codes_RB, scales_RG = backend_for(x_RL, dtype).quantize(
+        largest = (backend_for(x_RL).largest_magnitude(x_RL),) if keep_largest else ()
+        return Operand(x_RL.to(plan.dtype)), _Kept(q, x_RL.shape[1], False, keep_largest), (x_RL, *largest)
+    backend = backend_for(x_RL, plan.dtype)
+    values_RL, codes_RB, scales_RG, largest = backend.quantize(
         x_RL,
         q.element,
         q.scaling,
@@ -81,33 +123,63 @@ def _forward_operand(
         key=key,
         ema_RL=ema_RL,
         ema_active=ema_active,
-        values_dtype=dtype,
-        pack=pack,
+        values_dtype=plan.dtype if fp8 is None else None,
+        pack=keep_packed or fp8 is not None,
+        track_largest=keep_largest or fp8 is not None,
     )
-    return values_RL, (codes_RB, scales_RG) if pack else (x_RL,)
+    if fp8 is None:
+        operand = Operand(values_RL)
+    else:
+        operand = backend.to_fp8(Packed(codes_RB, scales_RG, x_RL.shape[1], q), fp8, largest, plan.lost)
+    kept = _Kept(q, x_RL.shape[1], keep_packed, keep_largest)
+    tensors = (codes_RB, scales_RG) if keep_packed else (x_RL,)
+    return operand, kept, (*tensors, largest) if keep_largest else tensors
 
 
-def _backward_operand(x_RL: Tensor, q: Quantizer, key: Tensor, dtype: torch.dtype) -> Tensor:
-    """Q3, Q4, Q5 or Q6: the operand of a backward matmul, [R, L] in `dtype`, quantized along the rows of `x_RL`."""
-    if not q.enabled:
-        return x_RL.to(dtype)
-    backend = backend_for(x_RL, dtype)
-    return backend.quantize(x_RL, q.element, q.scaling, q.rounding, key=key, values_dtype=dtype, pack=False).values_RL
+def _backward_operands(
+    source: Tensor | Packed,
+    rows: Quantizer | None,
+    columns: Quantizer | None,
+    keys: tuple[Tensor | None, Tensor | None],
+    plan: _Plan,
+    fp8: Fp8 | None,
+    largest: Tensor | None,
+    with_sum: bool = False,
+) -> tuple[Operand | None, Operand | None, Tensor | None]:
+    """Q3 and Q5, or Q4, or Q6: operands from the rows and the columns of `source`; None where not asked for."""
+    operands = [None, None]
+    dense = None
+    for i, q in enumerate((rows, columns)):
+        if q is not None and not q.enabled:
+            if dense is None:
+                dense = _dense(source, plan.dtype)
+            operands[i] = Operand((dense if i == 0 else dense.T).to(plan.dtype))
+    rows, columns = (q if q is not None and q.enabled else None for q in (rows, columns))
+    total = None
+    if rows is not None or columns is not None:
+        tensor = source.codes_RB if isinstance(source, Packed) else source
+        *quantized, total = backend_for(tensor, plan.dtype).quantize_both(
+            source,
+            rows,
+            columns,
+            keys=keys,
+            dtype=plan.dtype,
+            fp8=fp8,
+            largest=largest,
+            lost=plan.lost,
+            with_sum=with_sum,
+        )
+        operands = [q if q is not None else o for q, o in zip(quantized, operands)]
+    elif with_sum:
+        total = _dense(source, plan.dtype).sum(dim=0, dtype=torch.float32)
+    return *operands, total
 
 
-def _read(saved: tuple[Tensor, ...], q: Quantizer, length: int, dtype: torch.dtype) -> Tensor:
-    """What the forward pass saved of an operand: packed codes and scales, or the operand itself."""
-    if len(saved) == 1:
-        return saved[0]
-    codes_RB, scales_RG = saved
+def _dense(source: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+    if isinstance(source, Tensor):
+        return source
+    codes_RB, scales_RG, length, q = source
     return backend_for(codes_RB, dtype).dequantize(codes_RB, scales_RG, length, q.element, dtype)
-
-
-def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`. On a GPU the fp32 accumulator reaches an fp32 gradient without a detour through bf16."""
-    if a.is_cuda and a.dtype == torch.bfloat16 and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
 
 
 class _MXLinear(torch.autograd.Function):
@@ -119,55 +191,73 @@ class _MXLinear(torch.autograd.Function):
         bias_C: Tensor | None,
         ema_CD: Tensor | None,
         ema_active: Tensor | None,
+        lost: Tensor | None,
         recipe: Recipe,
         save: bool,
     ) -> Tensor:
-        q1, q2, dtype = recipe.q1, recipe.q2, _matmul_dtype(x)
+        dtype = _matmul_dtype(x)
+        plan = _Plan(recipe, dtype, lost is not None and dtype == torch.bfloat16, lost)
+        q1, q2 = recipe.q1, recipe.q2
         x_ND = x.reshape(-1, x.shape[-1])
         keys = (None, None)
         if Rounding.STOCHASTIC in (q1.rounding, q2.rounding):
             keys = fresh_keys(2, x.device)
+        x_fp8, w_fp8 = plan.fp8_of(q1, q2)
+        keep_x_largest = save and plan.fp8_of(recipe.q5, recipe.q6)[0] is not None
+        keep_w_largest = save and plan.fp8_of(recipe.q3, recipe.q4)[0] is not None
         pack = recipe.double and save
-        x_operand_ND, saved_x = _forward_operand(x_ND, q1, dtype, keys[0], pack)
-        w_operand_CD, saved_w = _forward_operand(weight_CD, q2, dtype, keys[1], pack, ema_CD, ema_active)
-        y_NC = F.linear(x_operand_ND, w_operand_CD, None if bias_C is None else bias_C.to(dtype))
+        x_operand_ND, kept_x, saved_x = _forward_operand(x_ND, q1, plan, x_fp8, keep_x_largest, pack, keys[0])
+        w_operand_CD, kept_w, saved_w = _forward_operand(
+            weight_CD, q2, plan, w_fp8, keep_w_largest, pack, keys[1], ema_CD, ema_active
+        )
+        y_NC = multiply(x_operand_ND, w_operand_CD, _output_dtype(x), bias_C)
 
-        if not save:
-            saved_x = saved_w = ()
-        # Codes and scales are 4.25 bits a value. They are tensors of the graph like any other, so activation
-        # checkpointing and saved-tensor hooks see them.
-        ctx.save_for_backward(*saved_x, *saved_w)
-        ctx.num_saved_x = len(saved_x)
-        ctx.recipe, ctx.matmul_dtype = recipe, dtype
+        # Codes and scales are tensors of the graph like any other, so activation checkpointing and saved-tensor hooks
+        # see them.
+        ctx.save_for_backward(*(*saved_x, *saved_w) if save else ())
+        ctx.plan, ctx.kept_x, ctx.kept_w = plan, kept_x, kept_w
         ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight_CD.dtype
         ctx.bias_dtype = None if bias_C is None else bias_C.dtype
-        return y_NC.to(_output_dtype(x)).reshape(*x.shape[:-1], weight_CD.shape[0])
+        return y_NC.reshape(*x.shape[:-1], weight_CD.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        recipe, dtype = ctx.recipe, ctx.matmul_dtype
-        saved = ctx.saved_tensors  # read once: checkpointing recomputes the forward pass for it
-        saved_x, saved_w = saved[: ctx.num_saved_x], saved[ctx.num_saved_x :]
-        num_in = ctx.x_shape[-1]
+        plan, recipe = ctx.plan, ctx.plan.recipe
+        saved = list(ctx.saved_tensors)  # read once: checkpointing recomputes the forward pass for it
+        x_source, x_largest = ctx.kept_x.read(saved)
+        w_source, w_largest = ctx.kept_w.read(saved)
         dy_NC = dy.reshape(-1, dy.shape[-1])
         # Fresh for every layer, operand and backward pass: micro-batches and ranks round independently.
-        key3, key4, key5, key6 = fresh_keys(4, dy.device)
+        key3, key4, key5, key6 = fresh_keys(4, dy.device).split(1)
+        needs_dx, needs_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        needs_db = ctx.bias_dtype is not None and ctx.needs_input_grad[2]
+        q3 = recipe.q3 if needs_dx else None
+        q5 = recipe.q5 if needs_dw else None
+        dx_fp8, w_fp8 = plan.fp8_of(recipe.q3, recipe.q4)
+        dw_fp8, x_fp8 = plan.fp8_of(recipe.q5, recipe.q6)
 
-        dx = dw_CD = db_C = None
-        if ctx.needs_input_grad[0]:
-            dy_operand_NC = _backward_operand(dy_NC, recipe.q3, key3, dtype)
-            w_CD = _read(saved_w, recipe.q2, num_in, dtype)
-            w_operand_DC = _backward_operand(w_CD.T, recipe.q4, key4, dtype)
-            dx = _matmul(dy_operand_NC, w_operand_DC.T, ctx.x_dtype).reshape(ctx.x_shape)
-        if ctx.needs_input_grad[1]:
-            dy_operand_CN = _backward_operand(dy_NC.T, recipe.q5, key5, dtype)
-            x_ND = _read(saved_x, recipe.q1, num_in, dtype)
-            x_operand_DN = _backward_operand(x_ND.T, recipe.q6, key6, dtype)
-            dw_CD = _matmul(dy_operand_CN, x_operand_DN.T, ctx.weight_dtype)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            db_C = dy_NC.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, dw_CD, db_C, None, None, None, None
+        together = q3 is None or q5 is None or dx_fp8 is dw_fp8
+        largest = None
+        if (q3 is not None and dx_fp8) or (q5 is not None and dw_fp8):
+            largest = backend_for(dy_NC).largest_magnitude(dy_NC)
+        if together:
+            fp8 = dx_fp8 if q3 is not None else dw_fp8
+            dy_rows_NC, dy_columns_CN, db_C = _backward_operands(
+                dy_NC, q3, q5, (key3, key5), plan, fp8, largest, needs_db
+            )
+        else:  # one of the two matmuls has an operand that is not quantized
+            dy_rows_NC, _, _ = _backward_operands(dy_NC, q3, None, (key3, None), plan, dx_fp8, largest)
+            _, dy_columns_CN, db_C = _backward_operands(dy_NC, None, q5, (None, key5), plan, dw_fp8, largest, needs_db)
+        dx = dw_CD = None
+        if needs_dx:
+            _, w_operand_DC, _ = _backward_operands(w_source, None, recipe.q4, (None, key4), plan, w_fp8, w_largest)
+            dx = multiply(dy_rows_NC, w_operand_DC, ctx.x_dtype).reshape(ctx.x_shape)
+        if needs_dw:
+            _, x_operand_DN, _ = _backward_operands(x_source, None, recipe.q6, (None, key6), plan, x_fp8, x_largest)
+            dw_CD = multiply(dy_columns_CN, x_operand_DN, ctx.weight_dtype)
+        db_C = db_C.to(ctx.bias_dtype) if needs_db else None
+        return dx, dw_CD, db_C, None, None, None, None, None
 
 
 class QuantLinear(nn.Linear):
@@ -192,6 +282,8 @@ class QuantLinear(nn.Linear):
         self.recipe = recipe = Recipe() if recipe is None else recipe
         self.use_q_ema = recipe.q_ema_beta is not None
         """Off during Q-Ramping's detection, which studies plain rounding."""
+        self.matmul = Matmul.AUTO
+        """Arithmetic of the matmuls under bf16: speed, not results. `set_matmul` sets it for a model."""
         if self.use_q_ema:
             self._register_ema()
 
@@ -223,7 +315,11 @@ class QuantLinear(nn.Linear):
             raise TypeError(f"QuantLinear needs a floating-point tensor, got {x.dtype}")
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the last axis must have {self.in_features} channels, got {tuple(x.shape)}")
-        return _MXLinear.apply(x, self.weight, self.bias, *self._ema_arguments(), self.recipe, torch.is_grad_enabled())
+        fp8 = self.matmul is Matmul.FP8 or (self.matmul is Matmul.AUTO and has_fp8(x.device))
+        lost = lost_groups(x.device) if fp8 else None
+        return _MXLinear.apply(
+            x, self.weight, self.bias, *self._ema_arguments(), lost, self.recipe, torch.is_grad_enabled()
+        )
 
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:
@@ -231,7 +327,9 @@ class QuantLinear(nn.Linear):
         q2 = self.recipe.q2
         key = fresh_keys(1, self.weight.device) if q2.rounding is Rounding.STOCHASTIC else None
         ema_CD, ema_active = self._ema_arguments()
-        return _forward_operand(self.weight, q2, torch.float32, key, ema_RL=ema_CD, ema_active=ema_active)[0].detach()
+        plan = _Plan(self.recipe, torch.float32, fp8=False)
+        operand, _, _ = _forward_operand(self.weight, q2, plan, None, False, False, key, ema_CD, ema_active)
+        return operand.values_RL.detach()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         weight = state_dict.get(prefix + "weight")
@@ -266,6 +364,12 @@ def swap_linears(model: nn.Module, recipe: Recipe, names: Sequence[str] = BLOCK_
         parent = model.get_submodule(parent)
         setattr(parent, leaf, replacements[getattr(parent, leaf)])
     return model
+
+
+def set_matmul(model: nn.Module, matmul: Matmul | str) -> None:
+    """Choose the arithmetic of every quantized linear of `model`."""
+    for layer in quant_linears(model).values():
+        layer.matmul = Matmul(matmul)
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:

@@ -33,9 +33,25 @@ def fresh_keys(count: int, device: torch.device, generator: torch.Generator | No
     no host synchronisation; whatever saves and restores that generator (activation checkpointing, a training
     checkpoint) repeats the keys, and with them every rounding.
     """
-    source = device if generator is None else generator.device
-    keys = torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=source, generator=generator)
-    return keys.to(device, non_blocking=True)
+    if generator is None:
+        return _draw_keys(count, device) if torch.compiler.is_compiling() else _randint(count, device)
+    return _randint(count, generator.device, generator).to(device, non_blocking=True)
+
+
+def _randint(count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device, generator=generator)
+
+
+@torch.library.custom_op("mxfp4::draw_keys", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _draw_keys(count: int, device: torch.device) -> Tensor:
+    """For graphs of torch.compile, which would replace `randint` by a generator of its own: there, too, the keys come
+    from PyTorch's generator. The tag keeps two draws from being merged into one."""
+    return _randint(count, device)
+
+
+@_draw_keys.register_fake
+def _(count: int, device: torch.device) -> Tensor:
+    return torch.empty(count, dtype=torch.int64, device=device)
 
 
 def philox(counter: Words, key: tuple[Integers, Integers]) -> Words:
@@ -59,12 +75,12 @@ def group_bits(key: Tensor, rows: int, groups: int) -> Tensor:
     8 j .. 8 j + 7, two from each word, the low half first.
     """
     index, key = torch.arange(rows * groups * COUNTERS_PER_GROUP, device=key.device), key.reshape(())
-    on_cpu = key.device.type == "cpu"
-    if on_cpu:  # numpy spends a fifth of PyTorch's time on small integer operations
+    use_numpy = key.device.type == "cpu" and not torch.compiler.is_compiling()
+    if use_numpy:  # numpy spends a fifth of PyTorch's time on small integer operations
         index, key = index.numpy(), key.item()
     zero = index & 0
     words = philox((index & WORD_MASK, index >> 32, zero, zero), (key & WORD_MASK, (key >> 32) & WORD_MASK))
-    if on_cpu:
+    if use_numpy:
         words = tuple(map(torch.from_numpy, words))
     halves = torch.stack(words, dim=-1).to(torch.int32).view(torch.int16)  # little-endian: the low half first
     return (halves.to(torch.int32) & 0xFFFF).view(rows, groups, GROUP_SIZE)

@@ -1,10 +1,12 @@
 """The specification of MX quantization, in plain PyTorch, on any device.
 
-`kernels.py` has the same two functions in Triton and returns the same bits. Both work on a matrix whose groups lie
-along its rows; `mx.py` and `linear.py` bring their operands into that form.
+`kernels.py` has the same five functions in Triton and returns the same bits. They work on matrices whose groups lie
+along the rows, or, in `quantize_both`, along rows and columns; `mx.py` and `linear.py` bring their tensors into that
+form.
 
 Shapes: R rows, L elements in a row, G = ceil(L / 32) groups in a row, E = 32 elements in a group (the last group is
-filled up with zeros, which never leave this file), B = ceil(L / 2) bytes of packed codes in a row.
+filled up with zeros, which never leave this file), B = ceil(L / 2) bytes of packed codes in a row. N x C is a matrix
+that is quantized both ways.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formats import (
+    FP8_ROW_MULTIPLE,
     FP32_EXPONENT_BIAS,
     FP32_EXPONENT_MASK,
+    FP32_MAGNITUDE_MASK,
     FP32_MANTISSA_BITS,
     FP32_MANTISSA_MASK,
     FP32_NAN,
@@ -30,10 +34,15 @@ from .formats import (
     ZERO_GROUP_BITS,
     Element,
     ElementFormat,
+    Fp8,
     Rounding,
     Scaling,
+    fp8_range,
 )
 from .philox import group_bits
+from .recipe import Quantizer
+
+TORCH_FP8 = {Fp8.E5M2: torch.float8_e5m2, Fp8.E4M3: torch.float8_e4m3fn}
 
 
 class Quantized(NamedTuple):
@@ -42,6 +51,25 @@ class Quantized(NamedTuple):
     values_RL: Tensor | None  # the quantized values, in the dtype asked for
     codes_RB: Tensor | None  # uint8, two codes a byte, the first element in the low nibble
     scales_RG: Tensor | None  # uint8, E8M0
+    largest: Tensor | None  # int32 [1], the fp32 bits of the largest finite magnitude before quantization
+
+
+class Packed(NamedTuple):
+    """A quantized matrix in 4.25 bits an element, and the quantizer that made it."""
+
+    codes_RB: Tensor
+    scales_RG: Tensor
+    length: int
+    quantizer: Quantizer
+
+
+class Operand(NamedTuple):
+    """One side of a matmul, its reduction axis last."""
+
+    values_RL: Tensor
+    """Numbers in the precision of the matmul; FP8 rows are filled up with zeros to a multiple of 16."""
+    scale: Tensor | None = None
+    """With FP8 values, fp32 [1]: the power of two that they are to be multiplied by."""
 
 
 def quantize(
@@ -55,12 +83,14 @@ def quantize(
     ema_active: Tensor | None = None,
     values_dtype: torch.dtype | None = None,
     pack: bool = True,
+    track_largest: bool = False,
 ) -> Quantized:
     """Quantize every group of 32 elements along the rows of `x_RL`.
 
     `key` (one int64) decides stochastic rounding. `ema_RL`, shaped like `x_RL`, decides EMA rounding; while the
     scalar tensor `ema_active` is false, EMA rounding is nearest rounding. `values_dtype` asks for the quantized
-    values, `pack` for codes and scales. A group that holds NaN or Inf becomes NaN: scale 0xFF, codes 0.
+    values, `pack` for codes and scales, `track_largest` for the largest magnitude. A group that holds NaN or Inf
+    becomes NaN: scale 0xFF, codes 0.
     """
     fmt = element.format
     rows, length = x_RL.shape
@@ -80,17 +110,14 @@ def quantize(
     binade_bits = (y.view(torch.int32) & FP32_EXPONENT_MASK).clamp_(min=least_binade)
     unit_bits = (2 * FP32_EXPONENT_BIAS + fmt.mantissa_bits) << FP32_MANTISSA_BITS
     inverse_spacing = (unit_bits - binade_bits).view(torch.float32)
-    t = y.mul_(inverse_spacing)
-    t_floor = t.floor()
-    fraction = t.sub_(t_floor)
-    binade = binade_bits.sub_(least_binade) >> (FP32_MANTISSA_BITS - fmt.mantissa_bits)
-    code = binade.add_(t_floor.to(torch.int32))  # of q1; the code of q2 is one more
-
     if rounding is Rounding.STOCHASTIC:
-        draw = group_bits(key, rows, code.shape[1]).to(torch.float32)
-        # The probability is rounded to the nearest multiple of 2**-16; a fraction of zero never passes.
-        upper = draw.add_(0.5) < fraction.mul_(2**RANDOM_BITS)
+        code = _stochastic_code(y, fmt, group_bits(key, rows, x.shape[1]))
     else:
+        t = y.mul_(inverse_spacing)
+        t_floor = t.floor()
+        fraction = t.sub_(t_floor)
+        binade = binade_bits.sub_(least_binade) >> (FP32_MANTISSA_BITS - fmt.mantissa_bits)
+        code = binade.add_(t_floor.to(torch.int32))  # of q1; the code of q2 is one more
         upper = (fraction > 0.5) | ((fraction == 0.5) & (code & 1).bool())
         if rounding is Rounding.EMA:
             # |ema - q1| < |ema - q2| is the question on which side of their midpoint the average lies.
@@ -100,18 +127,21 @@ def quantize(
             midpoint = t_floor + 0.5
             by_ema = ((ema_t > midpoint) | ((ema_t == midpoint) & ~negative)) & (fraction > 0)
             upper = by_ema if ema_active is None else torch.where(ema_active, by_ema, upper)
-    code.add_(upper).clamp_(max=MAX_MAGNITUDE_CODE)
+        code.add_(upper)
+    code.clamp_(max=MAX_MAGNITUDE_CODE)
     code.add_((x.view(torch.int32) >> 31) & SIGN_CODE).masked_fill_(broken, 0)
     scale_byte.masked_fill_(broken, SCALE_NAN)
 
-    values_RL = codes_RB = scales_RG = None
+    values_RL = codes_RB = scales_RG = largest_bits = None
+    if track_largest:
+        largest_bits = largest_magnitude(x_RL)
     if values_dtype is not None:
         values_RL = _values(code, scale_byte, fmt, values_dtype)[:, :length]
     if pack:
         codes = code.to(torch.uint8).flatten(1)[:, : length + length % 2]
         codes_RB = codes[:, 0::2] | (codes[:, 1::2] << 4)
         scales_RG = scale_byte.to(torch.uint8).squeeze(-1)
-    return Quantized(values_RL, codes_RB, scales_RG)
+    return Quantized(values_RL, codes_RB, scales_RG, largest_bits)
 
 
 def dequantize(codes_RB: Tensor, scales_RG: Tensor, length: int, element: Element, dtype: torch.dtype) -> Tensor:
@@ -120,6 +150,85 @@ def dequantize(codes_RB: Tensor, scales_RG: Tensor, length: int, element: Elemen
     code = torch.stack((codes_RB & 0xF, codes_RB >> 4), dim=-1).flatten(1).to(torch.int32)
     code = _filled(code, groups * GROUP_SIZE).view(rows, groups, GROUP_SIZE)
     return _values(code, scales_RG.to(torch.int32).unsqueeze(-1), element.format, dtype)[:, :length]
+
+
+def largest_magnitude(x_RL: Tensor) -> Tensor:
+    """The fp32 bits of the largest finite magnitude of `x_RL`, int32 [1]; 0 if there is none."""
+    bits = x_RL.to(torch.float32).reshape(-1).view(torch.int32) & FP32_MAGNITUDE_MASK
+    bits = F.pad(bits, (0, 1))  # so that there is a maximum
+    return bits.masked_fill(bits >= FP32_EXPONENT_MASK, 0).amax().view(1)
+
+
+def to_fp8(packed: Packed, fp8: Fp8, largest: Tensor, lost: Tensor) -> Operand:
+    """The values of `packed` as FP8 numbers: exact, but for groups too far below `largest`.
+
+    `largest` (`largest_magnitude` of what was quantized, or more) decides the power of two. A group whose scale lies
+    further below the largest than `fp8` spans becomes zero; those that held anything else are added to `lost`,
+    an int64 [1].
+    """
+    codes_RB, scales_RG, length, quantizer = packed
+    rows, groups = scales_RG.shape
+    exponent_byte = fp8_exponent_byte(largest, quantizer, fp8)
+    low_RG = scales_RG.to(torch.int32) - exponent_byte < fp8_range(fp8, quantizer.element.format)[0]
+    nonzero = _filled(codes_RB & (MAX_MAGNITUDE_CODE * 0x11), groups * GROUP_SIZE // 2)
+    lost += (low_RG & (nonzero != 0).view(rows, groups, GROUP_SIZE // 2).any(dim=-1)).sum()
+    values = dequantize(codes_RB, scales_RG, length, quantizer.element, torch.float64)
+    low_RL = low_RG.repeat_interleave(GROUP_SIZE, dim=1)[:, :length]
+    values = torch.where(low_RL, 0 * values, values) * torch.exp2((FP32_EXPONENT_BIAS - exponent_byte).double())
+    values = _filled(values.to(torch.float32), -(-length // FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE)
+    scale = (exponent_byte << FP32_MANTISSA_BITS).view(torch.float32)
+    return Operand(values.to(TORCH_FP8[fp8]), scale)
+
+
+def fp8_exponent_byte(largest: Tensor, quantizer: Quantizer, fp8: Fp8) -> Tensor:
+    """e + 127, int32 [1], of the power of two 2**e that FP8 values are multiplied by."""
+    fmt = quantizer.element.format
+    byte = _scale_byte(largest.view(torch.float32), fmt, quantizer.scaling)
+    return (byte - fp8_range(fp8, fmt)[1]).clamp_(min=1)
+
+
+def largest_quantized(largest: Tensor, quantizer: Quantizer) -> Tensor:
+    """Bits, int32 [1], of a bound on what `quantizer` makes of magnitudes up to `largest`: Qp times the scale."""
+    fmt = quantizer.element.format
+    byte = _scale_byte(largest.view(torch.float32), fmt, quantizer.scaling)
+    bits = ((byte + fmt.max_exponent) << FP32_MANTISSA_BITS) | fmt.max_mantissa
+    return bits.masked_fill(byte + fmt.max_exponent > 2 * FP32_EXPONENT_BIAS, FP32_EXPONENT_MASK - 1)
+
+
+def quantize_both(
+    source: Tensor | Packed,
+    rows: Quantizer | None,
+    columns: Quantizer | None,
+    *,
+    keys: tuple[Tensor | None, Tensor | None] = (None, None),
+    dtype: torch.dtype | None = None,
+    fp8: Fp8 | None = None,
+    largest: Tensor | None = None,
+    lost: Tensor | None = None,
+    with_sum: bool = False,
+) -> tuple[Operand | None, Operand | None, Tensor | None]:
+    """Quantize a matrix [N, C] along its rows, along its columns, or both.
+
+    Returns the operand [N, C] of `rows`, the operand [C, N] of `columns`, each with a key of its own, and, if
+    `with_sum`, the fp32 sums [C] of the unquantized columns. Values are in `dtype`, or in `fp8`, which needs `largest`
+    (`largest_magnitude` of the source or, for a packed source, of what its quantizer read) and `lost`, as in `to_fp8`.
+    """
+    x_NC, bound = source, largest
+    if isinstance(source, Packed):
+        x_NC = dequantize(source.codes_RB, source.scales_RG, source.length, source.quantizer.element, torch.float32)
+        bound = None if largest is None else largest_quantized(largest, source.quantizer)
+    results = []
+    for x_RL, q, key in ((x_NC, rows, keys[0]), (x_NC.T, columns, keys[1])):
+        if q is None:
+            results.append(None)
+        elif fp8 is None:
+            results.append(
+                Operand(quantize(x_RL, q.element, q.scaling, q.rounding, key=key, values_dtype=dtype, pack=False)[0])
+            )
+        else:
+            _, codes_RB, scales_RG, _ = quantize(x_RL, q.element, q.scaling, q.rounding, key=key)
+            results.append(to_fp8(Packed(codes_RB, scales_RG, x_RL.shape[1], q), fp8, bound, lost))
+    return results[0], results[1], x_NC.sum(dim=0, dtype=torch.float32) if with_sum else None
 
 
 def _filled(x_RL: Tensor, length: int) -> Tensor:
@@ -146,6 +255,22 @@ def _scale_byte(largest: Tensor, fmt: ElementFormat, scaling: Scaling) -> Tensor
     if scaling is Scaling.TRUNCATION_FREE:
         byte += (bits & FP32_MANTISSA_MASK) > fmt.max_mantissa
     return byte.clamp_(min=0)
+
+
+def _stochastic_code(y: Tensor, fmt: ElementFormat, draw: Tensor) -> Tensor:
+    """Magnitude code of y >= 0: random bits are added below the last mantissa bit that `fmt` keeps, the rest is cut.
+
+    The probability of the upper neighbour is y's position between the two, rounded to a multiple of 2**-16; on the
+    grid it is zero. Below the least binade 2**e, adding 2**e gives y the spacing that it has there.
+    """
+    kept = FP32_MANTISSA_BITS - fmt.mantissa_bits
+    least = 2.0**fmt.min_exponent
+    small = y < least
+    bits = torch.where(small, y + least, y).view(torch.int32)
+    below_tie = (1 << (kept - RANDOM_BITS - 1)) - 1
+    bits = bits + (((2**RANDOM_BITS - 1 - draw) << (kept - RANDOM_BITS)) + below_tie)
+    first = (FP32_EXPONENT_BIAS + fmt.min_exponent) << fmt.mantissa_bits
+    return (bits >> kept) - first + torch.where(small, 0, 1 << fmt.mantissa_bits)
 
 
 def _values(code: Tensor, scale_byte: Tensor, fmt: ElementFormat, dtype: torch.dtype) -> Tensor:
