@@ -16,6 +16,7 @@ from tqdm import tqdm
 import distributed
 from errors import NonFiniteLoss
 from losses import DistillationLoss
+from quantization import weights_quantized_once
 
 CHECK_EVERY = 10  # steps between two looks at the loss; on a GPU each look waits for the device
 Batch = tuple[Tensor, Tensor]
@@ -108,7 +109,7 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # images, loss, top-1, top-5
     totals[0] = len(loader.dataset)
-    with progress(loader, "evaluate") as bar:
+    with weights_quantized_once(model), progress(loader, "evaluate") as bar:
         for batch in bar:
             images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
             with autocast(device):

@@ -33,11 +33,15 @@ from losses import DistillationLoss, base_criterion
 from quantization import (
     OSCILLATION_THRESHOLD,
     RECIPES,
+    Matmul,
     QEma,
     RampingAdamW,
     Recipe,
     detect_oscillation,
+    has_fp8,
     quant_linears,
+    set_matmul,
+    take_lost_groups,
     update_periods,
 )
 from run_log import RunLog, say
@@ -121,6 +125,12 @@ def build_parser() -> Parser:
     group.add_argument("--q-ramping-k1", type=number(float, 1e-6), help="oscillation ratio a period step (default: 16)")
     group.add_argument("--q-ramping-k2", type=count, help="updates a period step (default: 5)")
     group.add_argument("--q-ramping-steps", type=positive, help="steps of a detection (default: 30)")
+    group.add_argument(
+        "--matmul",
+        choices=[m.value for m in Matmul],
+        default="auto",
+        help="how quantized operands are multiplied: speed, not results (default: fp8 where the GPU has it)",
+    )
 
     group = parser.add_argument_group("model")
     recipe_option(group, "--model", str, "any Vision Transformer of timm; any timm model with --quant none")
@@ -167,6 +177,7 @@ def build_parser() -> Parser:
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
+    group.add_argument("--compile", action="store_true", help="torch.compile the model; the first steps take minutes")
     group.add_argument("--output-dir", type=Path, metavar="DIR", help="default: runs/TIME-MODEL-QUANT")
     group.add_argument(
         "--resume", metavar="PATH", help="go on from this checkpoint; auto: the last one in --output-dir"
@@ -210,6 +221,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--device cuda needs a GPU that PyTorch can use, found none; use --device cpu or auto")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.matmul != "auto" and args.quant == "none":
+        raise UserError(f"--matmul {args.matmul} multiplies quantized operands, got --quant none; add --quant mxfp4")
+    if args.matmul == "fp8" and not has_fp8(torch.device(args.device)):
+        raise UserError(
+            "--matmul fp8 needs a GPU with FP8 tensor cores (compute capability 8.9 or later), "
+            f"got {torch.cuda.get_device_name() if args.device == 'cuda' else args.device}; use auto or bf16"
+        )
     return args
 
 
@@ -365,6 +383,9 @@ def run(args: argparse.Namespace) -> None:
     if args.finetune:
         checkpoint.load_weights(model, args.finetune)
     model.to(device)
+    set_matmul(model, args.matmul)
+    if args.compile:
+        model.compile()  # in place, so that parameters keep their names
     identity = {
         "model": args.model,
         "number of classes": loaders.num_classes,
@@ -454,7 +475,8 @@ def train(
             if model_ema is not None:
                 averaged = evaluate(model_ema.module, loaders.val, device)
                 numbers |= {f"ema_{name}": value for name, value in averaged.items()}
-            numbers |= {"n_parameters": num_parameters, **extra}
+            lost_groups = int(distributed.all_reduce_sum(take_lost_groups(device)).item())
+            numbers |= {"n_parameters": num_parameters, "lost_groups": lost_groups, **extra}
             is_best = tested["acc1"] > progress.best_acc1
             progress.epoch, progress.best_acc1 = epoch + 1, max(progress.best_acc1, tested["acc1"])
             progress.save(directory, is_best)
@@ -475,7 +497,9 @@ def describe(
     """What is about to run, in a few lines."""
     held_out = sum(distributed.gather(len(loaders.val.dataset)))
     say(f"model   {args.model}: {num_parameters:,} parameters, {len(quant_linears(model))} linears in {args.quant}")
-    say(f"recipe  {recipe}")
+    fp8 = device.type == "cuda" and args.matmul != "bf16" and has_fp8(device)
+    arithmetic = ("fp8" if fp8 else "bf16") if device.type == "cuda" else "fp32"
+    say(f"recipe  {recipe}" + (f", multiplied in {arithmetic}" if args.quant != "none" else ""))
     if args.q_ema and args.q_ramping:
         say("note    the paper does not study Q-EMA and Q-Ramping together (C.4); detection measures plain rounding")
     say(
@@ -496,6 +520,8 @@ def table_row(numbers: dict[str, float], epochs: int) -> str:
         row += f"   average: {numbers['ema_acc1']:.2f} %"
     if "oscillating" in numbers:
         row += f"   {numbers['oscillating']:.2f} % oscillate, mean period {numbers['mean_period']:.2f}"
+    if numbers["lost_groups"]:
+        row += f"   {numbers['lost_groups']:,} groups out of FP8's range became zero"
     return row
 
 

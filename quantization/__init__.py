@@ -5,8 +5,8 @@ kernels -> mx, matmul -> linear -> q_ema, oscillation -> ramping.
 """
 
 from .formats import Element, Rounding, Scaling
-from .linear import BLOCK_LINEARS, QuantLinear, quant_linears, set_matmul, swap_linears
-from .matmul import Matmul, has_fp8
+from .linear import BLOCK_LINEARS, QuantLinear, quant_linears, set_matmul, swap_linears, weights_quantized_once
+from .matmul import Matmul, has_fp8, take_lost_groups
 from .mx import MXTensor, quantize_mx
 from .oscillation import OSCILLATION_THRESHOLD, PathLengths
 from .q_ema import QEma, plain_rounding
@@ -35,5 +35,7 @@ __all__ = [
     "quantize_mx",
     "set_matmul",
     "swap_linears",
+    "take_lost_groups",
     "update_periods",
+    "weights_quantized_once",
 ]

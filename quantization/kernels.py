@@ -1,4 +1,4 @@
-"""MX quantization in Triton: the five functions of `reference.py`, bit for bit.
+"""MX quantization in Triton: the four functions of `reference.py`, bit for bit.
 
 A program reads a tile once and writes whatever was asked for: values, packed codes, scales. No noise tensor exists;
 the random bits are computed in registers. Arithmetic on scales and steps is done on fp32 bit patterns, so that no
@@ -60,6 +60,8 @@ _WORD_MASK = tl.constexpr(WORD_MASK)
 _RANDOM_BITS = tl.constexpr(RANDOM_BITS)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _ONE, _TWO = tl.constexpr(1), tl.constexpr(2.0)  # what stands to the left of a constexpr must be one
+
+_FIRST_AXIS_FASTEST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 
 _NEAREST = tl.constexpr(0)
 _STOCHASTIC = tl.constexpr(1)
@@ -180,54 +182,51 @@ def _grid_magnitude(code, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def _add_least(y, MIN_EXPONENT: tl.constexpr):
-    """2**MIN_EXPONENT where y lies below it, else 0: what gives y the spacing of the least binade."""
-    LEAST: tl.constexpr = _TWO**MIN_EXPONENT
-    return tl.where(y < LEAST, LEAST, 0.0)
-
-
-@triton.jit
 def _round_stochastic(y, dither, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
-    """Magnitude code of y >= 0."""
+    """Magnitude code and value of y >= 0 on the grid."""
     KEPT: tl.constexpr = _MANTISSA_BITS - MANTISSA
     BELOW_TIE: tl.constexpr = (_ONE << (KEPT - _RANDOM_BITS - 1)) - 1
     FIRST: tl.constexpr = (_BIAS + MIN_EXPONENT) << MANTISSA
-    least = _add_least(y, MIN_EXPONENT)
+    LEAST: tl.constexpr = _TWO**MIN_EXPONENT
+    # Below the least binade, adding it gives y the spacing that it has there.
+    least = tl.where(y < LEAST, LEAST, 0.0)
     bits = (y + least).to(tl.int32, bitcast=True) + BELOW_TIE + dither
-    return (bits >> KEPT) - FIRST + tl.where(least > 0, 0, _ONE << MANTISSA)
-
-
-@triton.jit
-def _round_stochastic_to_value(y, dither, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
-    """The number of the grid, in fp32, whose code `_round_stochastic` gives."""
-    KEPT: tl.constexpr = _MANTISSA_BITS - MANTISSA
-    BELOW_TIE: tl.constexpr = (_ONE << (KEPT - _RANDOM_BITS - 1)) - 1
-    least = _add_least(y, MIN_EXPONENT)
-    bits = (y + least).to(tl.int32, bitcast=True) + BELOW_TIE + dither
-    return (bits & -(_ONE << KEPT)).to(tl.float32, bitcast=True) - least
+    code = (bits >> KEPT) - FIRST + tl.where(least > 0, 0, _ONE << MANTISSA)
+    return code, (bits & -(_ONE << KEPT)).to(tl.float32, bitcast=True) - least
 
 
 @triton.jit
 def _round_nearest(y, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
-    """Magnitude code of y >= 0; ties to the even code."""
+    """Magnitude code and value of y >= 0 on the grid; ties to the even code."""
     LEAST_BINADE: tl.constexpr = (_BIAS + MIN_EXPONENT) << _MANTISSA_BITS
     binade_bits = tl.maximum(y.to(tl.int32, bitcast=True) & _EXPONENT_MASK, LEAST_BINADE)
     binade = (binade_bits - LEAST_BINADE) >> (_MANTISSA_BITS - MANTISSA)
     if MANTISSA > 0:
         # Beside a power of two whose last bit is worth the spacing, fp32 addition rounds to the grid, ties to even.
         unit_bits = binade_bits + ((_MANTISSA_BITS - MANTISSA) << _MANTISSA_BITS)
-        rounded = y + unit_bits.to(tl.float32, bitcast=True)
-        return rounded.to(tl.int32, bitcast=True) - unit_bits + binade
-    t = y * ((-binade_bits + ((2 * _BIAS) << _MANTISSA_BITS)).to(tl.float32, bitcast=True))
-    t_floor = tl.floor(t)
-    fraction = t - t_floor
-    code = t_floor.to(tl.int32) + binade
-    return code + ((fraction > 0.5) | ((fraction == 0.5) & ((code & 1) == 1))).to(tl.int32)
+        unit = unit_bits.to(tl.float32, bitcast=True)
+        rounded = y + unit
+        code = rounded.to(tl.int32, bitcast=True) - unit_bits + binade
+        value = rounded - unit
+    else:
+        t = y * ((-binade_bits + ((2 * _BIAS) << _MANTISSA_BITS)).to(tl.float32, bitcast=True))
+        t_floor = tl.floor(t)
+        fraction = t - t_floor
+        code = t_floor.to(tl.int32) + binade
+        code += ((fraction > 0.5) | ((fraction == 0.5) & ((code & 1) == 1))).to(tl.int32)
+        value = _grid_magnitude(code, MANTISSA, MIN_EXPONENT)
+    return code, value
+
+
+@triton.jit
+def _saturate(code, value, MAX_EXPONENT: tl.constexpr, MAX_MANTISSA: tl.constexpr):
+    QP: tl.constexpr = (MAX_MANTISSA / 8388608.0 + 1.0) * _TWO**MAX_EXPONENT
+    return tl.minimum(code, _MAX_CODE), tl.minimum(value, QP)
 
 
 @triton.jit
 def _round_to_ema(y, ema, negative, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
-    """Magnitude code of y >= 0: the neighbour nearer to `ema`, which is scaled like y and has a sign."""
+    """Magnitude code and value of y >= 0: the neighbour nearer to `ema`, which is scaled like y and has a sign."""
     LEAST_BINADE: tl.constexpr = (_BIAS + MIN_EXPONENT) << _MANTISSA_BITS
     binade_bits = tl.maximum(y.to(tl.int32, bitcast=True) & _EXPONENT_MASK, LEAST_BINADE)
     inverse_spacing = (-binade_bits + ((2 * _BIAS + MANTISSA) << _MANTISSA_BITS)).to(tl.float32, bitcast=True)
@@ -237,98 +236,8 @@ def _round_to_ema(y, ema, negative, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.con
     ema_t = tl.where(negative, -ema_t, ema_t)
     midpoint = t_floor + 0.5
     upper = ((ema_t > midpoint) | ((ema_t == midpoint) & (negative == 0))) & (t > t_floor)
-    code = t_floor.to(tl.int32) + ((binade_bits - LEAST_BINADE) >> (_MANTISSA_BITS - MANTISSA))
-    return code + upper.to(tl.int32)
-
-
-@triton.jit
-def _quantize_kernel(
-    x_ptr,
-    ema_ptr,
-    ema_active_ptr,
-    key_ptr,
-    values_ptr,
-    codes_ptr,
-    scales_ptr,
-    largest_ptr,
-    rows,
-    length,
-    x_stride_r,
-    x_stride_l,
-    ema_stride_r,
-    ema_stride_l,
-    MANTISSA: tl.constexpr,
-    MIN_EXPONENT: tl.constexpr,
-    MAX_EXPONENT: tl.constexpr,
-    MAX_MANTISSA: tl.constexpr,
-    TRUNCATION_FREE: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    HAS_EMA_ACTIVE: tl.constexpr,
-    VALUES: tl.constexpr,
-    LIMIT: tl.constexpr,
-    PACK: tl.constexpr,
-    TRACK_LARGEST: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
-    BLOCK_L: tl.constexpr = BLOCK_G * _GROUP
-    num_groups = tl.cdiv(length, _GROUP)
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    g = tl.program_id(1).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
-    col = tl.program_id(1).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
-    mask = (r[:, None] < rows) & (col[None, :] < length)
-    x = _load_fp32(x_ptr + r[:, None] * x_stride_r + col[None, :] * x_stride_l, mask)
-    x = x.reshape(BLOCK_R, BLOCK_G, _GROUP)
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = tl.abs(x)
-
-    largest_bits = tl.reduce(magnitude, 2, _larger).to(tl.int32, bitcast=True) & _MAGNITUDE_MASK
-    broken = largest_bits >= _EXPONENT_MASK
-    if TRACK_LARGEST:
-        largest = tl.max(tl.ravel(tl.where(broken, 0, largest_bits)), axis=0)
-        if tl.max(tl.ravel(broken.to(tl.int32)), axis=0) > 0:
-            largest = _largest_finite(bits)
-        tl.atomic_max(largest_ptr, largest, sem="relaxed")
-    if ROUNDING == _EMA:
-        ema_ptrs = ema_ptr + r[:, None] * ema_stride_r + col[None, :] * ema_stride_l
-        ema = _load_fp32(ema_ptrs, mask).reshape(BLOCK_R, BLOCK_G, _GROUP)
-        ema_bits = ema.to(tl.int32, bitcast=True) & _MAGNITUDE_MASK
-        broken = broken | (tl.max(ema_bits, axis=2) >= _EXPONENT_MASK)
-    scale_byte = _scale_byte(largest_bits, MAX_EXPONENT, MAX_MANTISSA, TRUNCATION_FREE)
-    inverse_scale = _inverse_scale_of(scale_byte)[:, :, None]
-    y = magnitude * inverse_scale
-    if ROUNDING == _STOCHASTIC:
-        j = tl.arange(0, _COUNTERS)
-        counter = (r[:, None, None] * num_groups + g[None, :, None]) * _COUNTERS + j[None, None, :]
-        dither = _dither(counter, tl.load(key_ptr), MANTISSA).reshape(BLOCK_R, BLOCK_G, _GROUP)
-        code = _round_stochastic(y, dither, MANTISSA, MIN_EXPONENT)
-    else:
-        code = _round_nearest(y, MANTISSA, MIN_EXPONENT)
-        if ROUNDING == _EMA:
-            by_ema = _round_to_ema(y, ema * inverse_scale, bits < 0, MANTISSA, MIN_EXPONENT)
-            if HAS_EMA_ACTIVE:
-                by_ema = tl.where(tl.load(ema_active_ptr) != 0, by_ema, code)
-            code = by_ema
-    code = tl.minimum(code, _MAX_CODE)
-    code = tl.where(broken[:, :, None], 0, code)
-    scale_byte = tl.where(broken, _SCALE_NAN, scale_byte)
-
-    if VALUES:
-        # Keep the zeros that fill up a group, and the sign of a value that rounds to zero.
-        magnitude = _grid_magnitude(code, MANTISSA, MIN_EXPONENT)
-        scale = _scale_of(scale_byte)[:, :, None].broadcast_to(BLOCK_R, BLOCK_G, _GROUP)
-        values = _stored(magnitude, scale, bits & ~_MAGNITUDE_MASK, values_ptr.dtype.element_ty, LIMIT)
-        tl.store(values_ptr + r[:, None] * length + col[None, :], values.reshape(BLOCK_R, BLOCK_L), mask=mask)
-    if PACK:
-        code = tl.where((bits < 0) & (broken[:, :, None] == 0), code + _SIGN_CODE, code)
-        low, high = tl.split(code.reshape(BLOCK_R, BLOCK_L // 2, 2))
-        num_bytes = tl.cdiv(length, 2)
-        byte_col = tl.program_id(1).to(tl.int64) * (BLOCK_L // 2) + tl.arange(0, BLOCK_L // 2)
-        byte_mask = (r[:, None] < rows) & (byte_col[None, :] < num_bytes)
-        packed = (low | (high << 4)).to(tl.uint8)
-        tl.store(codes_ptr + r[:, None] * num_bytes + byte_col[None, :], packed, mask=byte_mask)
-        group_mask = (r[:, None] < rows) & (g[None, :] < num_groups)
-        tl.store(scales_ptr + r[:, None] * num_groups + g[None, :], scale_byte.to(tl.uint8), mask=group_mask)
+    code = t_floor.to(tl.int32) + ((binade_bits - LEAST_BINADE) >> (_MANTISSA_BITS - MANTISSA)) + upper.to(tl.int32)
+    return code, _grid_magnitude(code, MANTISSA, MIN_EXPONENT)
 
 
 @triton.jit
@@ -358,24 +267,117 @@ def _count_lost(lost_ptr, lost):
 
 
 @triton.jit
-def _dequantize_kernel(
+def _quantize_kernel(
+    x_ptr,
+    ema_ptr,
+    ema_active_ptr,
+    key_ptr,
+    values_ptr,
     codes_ptr,
     scales_ptr,
     largest_ptr,
-    values_ptr,
     operand_scale_ptr,
     lost_ptr,
     rows,
     length,
     values_length,
+    x_stride_r,
+    x_stride_l,
+    ema_stride_r,
+    ema_stride_l,
     MANTISSA: tl.constexpr,
     MIN_EXPONENT: tl.constexpr,
     MAX_EXPONENT: tl.constexpr,
     MAX_MANTISSA: tl.constexpr,
     TRUNCATION_FREE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    HAS_EMA_ACTIVE: tl.constexpr,
+    VALUES: tl.constexpr,
+    LIMIT: tl.constexpr,
     FP8: tl.constexpr,
     FP8_TOP: tl.constexpr,
     FP8_BOTTOM: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    BLOCK_L: tl.constexpr = BLOCK_G * _GROUP
+    num_groups = tl.cdiv(length, _GROUP)
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    g = tl.program_id(1).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
+    col = tl.program_id(1).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    mask = (r[:, None] < rows) & (col[None, :] < length)
+    x = _load_fp32(x_ptr + r[:, None] * x_stride_r + col[None, :] * x_stride_l, mask)
+    x = x.reshape(BLOCK_R, BLOCK_G, _GROUP)
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = tl.abs(x)
+
+    largest_bits = tl.reduce(magnitude, 2, _larger).to(tl.int32, bitcast=True) & _MAGNITUDE_MASK
+    broken = largest_bits >= _EXPONENT_MASK
+    if ROUNDING == _EMA:
+        ema_ptrs = ema_ptr + r[:, None] * ema_stride_r + col[None, :] * ema_stride_l
+        ema = _load_fp32(ema_ptrs, mask).reshape(BLOCK_R, BLOCK_G, _GROUP)
+        ema_bits = ema.to(tl.int32, bitcast=True) & _MAGNITUDE_MASK
+        broken = broken | (tl.max(ema_bits, axis=2) >= _EXPONENT_MASK)
+    scale_byte = _scale_byte(largest_bits, MAX_EXPONENT, MAX_MANTISSA, TRUNCATION_FREE)
+    inverse_scale = _inverse_scale_of(scale_byte)[:, :, None]
+    y = magnitude * inverse_scale
+    if ROUNDING == _STOCHASTIC:
+        j = tl.arange(0, _COUNTERS)
+        counter = (r[:, None, None] * num_groups + g[None, :, None]) * _COUNTERS + j[None, None, :]
+        dither = _dither(counter, tl.load(key_ptr), MANTISSA).reshape(BLOCK_R, BLOCK_G, _GROUP)
+        code, value = _round_stochastic(y, dither, MANTISSA, MIN_EXPONENT)
+    else:
+        code, value = _round_nearest(y, MANTISSA, MIN_EXPONENT)
+        if ROUNDING == _EMA:
+            by_ema, ema_value = _round_to_ema(y, ema * inverse_scale, bits < 0, MANTISSA, MIN_EXPONENT)
+            if HAS_EMA_ACTIVE:
+                active = tl.load(ema_active_ptr) != 0
+                by_ema, ema_value = tl.where(active, by_ema, code), tl.where(active, ema_value, value)
+            code, value = by_ema, ema_value
+    if not TRUNCATION_FREE:
+        code, value = _saturate(code, value, MAX_EXPONENT, MAX_MANTISSA)
+
+    if VALUES:
+        if FP8:
+            exponent_byte = _fp8_exponent_byte(
+                tl.load(largest_ptr), MAX_EXPONENT, MAX_MANTISSA, TRUNCATION_FREE, FP8_TOP
+            )
+            if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+                tl.store(operand_scale_ptr, _scale_of(exponent_byte))
+            factor = _fp8_factor(scale_byte, exponent_byte, broken, FP8_BOTTOM)
+            low = (scale_byte < exponent_byte + FP8_BOTTOM) & (largest_bits > 0) & (broken == 0)
+            _count_lost(lost_ptr, low)
+        else:
+            factor = _scale_of(tl.where(broken, _SCALE_NAN, scale_byte))
+        # Zeros that fill up a row are stored for FP8; a value that rounds to zero keeps its sign.
+        values = _stored(value, factor[:, :, None], bits & ~_MAGNITUDE_MASK, values_ptr.dtype.element_ty, LIMIT)
+        values_mask = (r[:, None] < rows) & (col[None, :] < values_length)
+        values_ptrs = values_ptr + r[:, None] * values_length + col[None, :]
+        tl.store(values_ptrs, values.reshape(BLOCK_R, BLOCK_L), mask=values_mask)
+    if PACK:
+        code = code | ((bits >> 28) & _SIGN_CODE)
+        low, high = tl.split(code.reshape(BLOCK_R, BLOCK_G, _GROUP // 2, 2))
+        packed = tl.where(broken[:, :, None], 0, low | (high << 4)).to(tl.uint8)
+        num_bytes = tl.cdiv(length, 2)
+        byte_col = tl.program_id(1).to(tl.int64) * (BLOCK_L // 2) + tl.arange(0, BLOCK_L // 2)
+        byte_mask = (r[:, None] < rows) & (byte_col[None, :] < num_bytes)
+        code_ptrs = codes_ptr + r[:, None] * num_bytes + byte_col[None, :]
+        tl.store(code_ptrs, packed.reshape(BLOCK_R, BLOCK_L // 2), mask=byte_mask)
+        scale_byte = tl.where(broken, _SCALE_NAN, scale_byte)
+        group_mask = (r[:, None] < rows) & (g[None, :] < num_groups)
+        tl.store(scales_ptr + r[:, None] * num_groups + g[None, :], scale_byte.to(tl.uint8), mask=group_mask)
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes_ptr,
+    scales_ptr,
+    values_ptr,
+    rows,
+    length,
+    MANTISSA: tl.constexpr,
+    MIN_EXPONENT: tl.constexpr,
     LIMIT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -392,68 +394,12 @@ def _dequantize_kernel(
     group_mask = (r[:, None] < rows) & (g[None, :] < num_groups)
     scale_byte = tl.load(scales_ptr + r[:, None] * num_groups + g[None, :], mask=group_mask, other=0).to(tl.int32)
 
-    code = tl.join(packed & 0xF, packed >> 4).reshape(BLOCK_R, BLOCK_G, _GROUP)
+    code = tl.join(packed & 0xF, packed >> 4).reshape(BLOCK_R, BLOCK_L)
     magnitude = _grid_magnitude(code & _MAX_CODE, MANTISSA, MIN_EXPONENT)
-    if FP8:
-        exponent_byte = _fp8_exponent_byte(tl.load(largest_ptr), MAX_EXPONENT, MAX_MANTISSA, TRUNCATION_FREE, FP8_TOP)
-        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            tl.store(operand_scale_ptr, _scale_of(exponent_byte))
-        broken = scale_byte == _SCALE_NAN
-        scale = _fp8_factor(scale_byte, exponent_byte, broken, FP8_BOTTOM)
-        low = (scale_byte < exponent_byte + FP8_BOTTOM) & (tl.max(code & _MAX_CODE, axis=2) > 0)
-        _count_lost(lost_ptr, low)
-    else:
-        scale = _scale_of(scale_byte)
-    scale = scale[:, :, None].broadcast_to(BLOCK_R, BLOCK_G, _GROUP)
+    scale = _scale_of(scale_byte)[:, :, None].broadcast_to(BLOCK_R, BLOCK_G, _GROUP).reshape(BLOCK_R, BLOCK_L)
     values = _stored(magnitude, scale, (code >> 3) << 31, values_ptr.dtype.element_ty, LIMIT)
-    mask = (r[:, None] < rows) & (col[None, :] < values_length)
-    tl.store(values_ptr + r[:, None] * values_length + col[None, :], values.reshape(BLOCK_R, BLOCK_L), mask=mask)
-
-
-@triton.jit
-def _load_tile(
-    x_ptr,
-    codes_ptr,
-    scales_ptr,
-    n,
-    first_c,
-    rows,
-    length,
-    x_stride_n,
-    PACKED: tl.constexpr,
-    MANTISSA: tl.constexpr,
-    MIN_EXPONENT: tl.constexpr,
-    LIMIT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
-):
-    """fp32 [BLOCK_N, BLOCK_C] of a dense or packed matrix, from rows `n` and from column `first_c` on."""
-    if PACKED:
-        num_bytes = tl.cdiv(length, 2)
-        num_groups = tl.cdiv(length, _GROUP)
-        byte = first_c // 2 + tl.arange(0, BLOCK_C // 2)
-        if BY_COLUMN:
-            byte = tl.max_contiguous(byte, 1)
-        g = first_c // _GROUP + tl.arange(0, BLOCK_C // _GROUP)
-        byte_mask = (n[:, None] < rows) & (byte[None, :] < num_bytes)
-        packed = tl.load(codes_ptr + n[:, None] * num_bytes + byte[None, :], mask=byte_mask, other=0).to(tl.int32)
-        group_mask = (n[:, None] < rows) & (g[None, :] < num_groups)
-        scale_byte = tl.load(scales_ptr + n[:, None] * num_groups + g[None, :], mask=group_mask, other=0).to(tl.int32)
-        code = tl.join(packed & 0xF, packed >> 4)
-        magnitude = _grid_magnitude(code & _MAX_CODE, MANTISSA, MIN_EXPONENT)
-        scale = _scale_of(scale_byte)[:, :, None].broadcast_to(BLOCK_N, BLOCK_C // _GROUP, _GROUP)
-        scale = scale.reshape(BLOCK_N, BLOCK_C // 2, 2)
-        x = _stored(magnitude, scale, (code >> 3) << 31, tl.float32, LIMIT).reshape(BLOCK_N, BLOCK_C)
-    else:
-        c = first_c + tl.arange(0, BLOCK_C)
-        if BY_COLUMN:
-            # Two columns a thread: with all 32 rows in its registers, a group along a column needs no other thread.
-            # As int32, or the compiler would take the hint for the loads by row as well.
-            c = tl.max_contiguous(first_c.to(tl.int32) + tl.arange(0, BLOCK_C), 2)
-        mask = (n[:, None] < rows) & (c[None, :] < length)
-        x = _load_fp32(x_ptr + n[:, None] * x_stride_n + c[None, :], mask)
-    return x
+    mask = (r[:, None] < rows) & (col[None, :] < length)
+    tl.store(values_ptr + r[:, None] * length + col[None, :], values, mask=mask)
 
 
 @triton.jit
@@ -499,21 +445,39 @@ def _quantize_along_kernel(
     c = first_c + tl.arange(0, BLOCK_C)
     if PACKED:
         num_bytes = tl.cdiv(length, 2)
-        num_groups = tl.cdiv(length, _GROUP)
         byte = first_c // 2 + tl.arange(0, BLOCK_C // 2)
         if BY_COLUMN:
+            # One byte, two columns, a thread, as below. With no contiguous axis left the compiler takes one by its
+            # position, and older releases the other one.
             byte = tl.max_contiguous(byte, 1)
+        if BY_COLUMN and _FIRST_AXIS_FASTEST:
+            code_ptrs = codes_ptr + byte[:, None] + n[None, :] * num_bytes
+            packed = tl.trans(tl.load(code_ptrs, mask=(byte[:, None] < num_bytes) & (n[None, :] < rows), other=0))
+        else:
+            code_ptrs = codes_ptr + n[:, None] * num_bytes + byte[None, :]
+            packed = tl.load(code_ptrs, mask=(n[:, None] < rows) & (byte[None, :] < num_bytes), other=0)
         g = first_c // _GROUP + tl.arange(0, BLOCK_G)
-        byte_mask = (n[:, None] < rows) & (byte[None, :] < num_bytes)
-        packed = tl.load(codes_ptr + n[:, None] * num_bytes + byte[None, :], mask=byte_mask, other=0).to(tl.int32)
-        group_mask = (n[:, None] < rows) & (g[None, :] < num_groups)
-        source_scale = tl.load(scales_ptr + n[:, None] * num_groups + g[None, :], mask=group_mask, other=0)
-        code = tl.join(packed & 0xF, packed >> 4)
-        source_magnitude = _grid_magnitude(code & _MAX_CODE, SOURCE_MANTISSA, SOURCE_MIN_EXPONENT)
-        source_scale = _scale_of(source_scale.to(tl.int32))[:, :, None].broadcast_to(_GROUP, BLOCK_G, _GROUP)
-        source_scale = source_scale.reshape(_GROUP, BLOCK_C // 2, 2)
-        x = _stored(source_magnitude, source_scale, (code >> 3) << 31, tl.float32, SOURCE_LIMIT)
-        x = x.reshape(_GROUP, BLOCK_C)
+        num_groups = tl.cdiv(length, _GROUP)
+        scale_ptrs = scales_ptr + n[:, None] * num_groups + g[None, :]
+        source_scale = tl.load(scale_ptrs, mask=(n[:, None] < rows) & (g[None, :] < num_groups), other=0)
+        source_scale = _scale_of(source_scale.to(tl.int32))[:, :, None].broadcast_to(_GROUP, BLOCK_G, _GROUP // 2)
+        source_scale = source_scale.reshape(_GROUP, BLOCK_C // 2)
+        packed = packed.to(tl.int32)
+        low = _stored(
+            _grid_magnitude(packed & _MAX_CODE, SOURCE_MANTISSA, SOURCE_MIN_EXPONENT),
+            source_scale,
+            (packed & _SIGN_CODE) << 28,
+            tl.float32,
+            SOURCE_LIMIT,
+        )
+        high = _stored(
+            _grid_magnitude((packed >> 4) & _MAX_CODE, SOURCE_MANTISSA, SOURCE_MIN_EXPONENT),
+            source_scale,
+            (packed >> 7) << 31,
+            tl.float32,
+            SOURCE_LIMIT,
+        )
+        x = tl.join(low, high).reshape(_GROUP, BLOCK_C)
     else:
         load_c = c
         if BY_COLUMN:
@@ -544,13 +508,11 @@ def _quantize_along_kernel(
             row_group = n[:, None, None] * tl.cdiv(length, _GROUP) + row_g[None, :, None]
             dither = _dither(row_group * _COUNTERS + j[None, None, :], key, MANTISSA)
             dither = dither.reshape(_GROUP, BLOCK_G, _GROUP)
-        rounded = _round_stochastic_to_value(y, dither, MANTISSA, MIN_EXPONENT)
+        code, value = _round_stochastic(y, dither, MANTISSA, MIN_EXPONENT)
     else:
-        code = tl.minimum(_round_nearest(y, MANTISSA, MIN_EXPONENT), _MAX_CODE)
-        rounded = _grid_magnitude(code, MANTISSA, MIN_EXPONENT)
+        code, value = _round_nearest(y, MANTISSA, MIN_EXPONENT)
     if not TRUNCATION_FREE:
-        QP: tl.constexpr = (MAX_MANTISSA / 8388608.0 + 1.0) * _TWO**MAX_EXPONENT
-        rounded = tl.minimum(rounded, QP)
+        code, value = _saturate(code, value, MAX_EXPONENT, MAX_MANTISSA)
     if FP8:
         bound = tl.load(largest_ptr)
         if PACKED:  # Qp times the largest scale that the source's quantizer gave
@@ -566,7 +528,7 @@ def _quantize_along_kernel(
     else:
         factor = _scale_of(tl.where(broken, _SCALE_NAN, scale_byte))
     sign_bits = x.to(tl.int32, bitcast=True) & ~_MAGNITUDE_MASK
-    values = _stored(rounded, tl.expand_dims(factor, AXIS), sign_bits, values_ptr.dtype.element_ty, LIMIT)
+    values = _stored(value, tl.expand_dims(factor, AXIS), sign_bits, values_ptr.dtype.element_ty, LIMIT)
     if BY_COLUMN:
         values_ptrs = values_ptr + c[:, None] * values_length + n[None, :]
         tl.store(values_ptrs, tl.trans(values), mask=(c[:, None] < length) & (n[None, :] < values_length))
@@ -595,22 +557,27 @@ def quantize(
     ema_RL: Tensor | None = None,
     ema_active: Tensor | None = None,
     values_dtype: torch.dtype | None = None,
+    fp8: Fp8 | None = None,
+    largest: Tensor | None = None,
+    lost: Tensor | None = None,
     pack: bool = True,
-    track_largest: bool = False,
 ) -> Quantized:
     """`reference.quantize`, bit for bit. `x_RL` and `ema_RL` may have any strides; the results are contiguous."""
     fmt = element.format
     rows, length = x_RL.shape
     device = x_RL.device
     groups = triton.cdiv(length, GROUP_SIZE)
-    values_RL = codes_RB = scales_RG = largest = None
+    values_RL = codes_RB = scales_RG = operand_scale = None
+    values_length, (bottom, top) = length, (0, 0)
+    if fp8 is not None:
+        values_dtype, values_length = TORCH_FP8[fp8], _filled(length)
+        bottom, top = fp8_range(fp8, fmt)
+        operand_scale = torch.empty(1, dtype=torch.float32, device=device)
     if values_dtype is not None:
-        values_RL = torch.empty(rows, length, dtype=values_dtype, device=device)
+        values_RL = torch.empty(rows, values_length, dtype=values_dtype, device=device)
     if pack:
         codes_RB = torch.empty(rows, triton.cdiv(length, 2), dtype=torch.uint8, device=device)
         scales_RG = torch.empty(rows, groups, dtype=torch.uint8, device=device)
-    if track_largest:
-        largest = torch.zeros(1, dtype=torch.int32, device=device)
     if x_RL.numel():
         ema = x_RL if ema_RL is None else ema_RL
         block_r, block_g = _blocks(x_RL.stride(1) == 1, groups)
@@ -624,8 +591,11 @@ def quantize(
             codes_RB,
             scales_RG,
             largest,
+            operand_scale,
+            lost,
             rows,
             length,
+            values_length,
             *x_RL.stride(),
             *ema.stride(),
             MANTISSA=fmt.mantissa_bits,
@@ -636,77 +606,38 @@ def quantize(
             ROUNDING=_ROUNDING_INDEX[rounding],
             HAS_EMA_ACTIVE=ema_active is not None,
             VALUES=values_dtype is not None,
-            LIMIT=torch.finfo(values_dtype or torch.float32).max,
+            LIMIT=0.0 if fp8 is not None else torch.finfo(values_dtype or torch.float32).max,
+            FP8=fp8 is not None,
+            FP8_TOP=top,
+            FP8_BOTTOM=bottom,
             PACK=pack,
-            TRACK_LARGEST=track_largest,
             BLOCK_R=block_r,
             BLOCK_G=block_g,
         )
-    return Quantized(values_RL, codes_RB, scales_RG, largest)
+    return Quantized(values_RL, codes_RB, scales_RG, operand_scale)
 
 
 def dequantize(codes_RB: Tensor, scales_RG: Tensor, length: int, element: Element, dtype: torch.dtype) -> Tensor:
     """`reference.dequantize`, bit for bit."""
-    values_RL = torch.empty(scales_RG.shape[0], length, dtype=dtype, device=codes_RB.device)
-    _launch_dequantize(codes_RB, scales_RG, length, values_RL, Quantizer(element=element))
+    fmt = element.format
+    rows, groups = scales_RG.shape
+    values_RL = torch.empty(rows, length, dtype=dtype, device=codes_RB.device)
+    if values_RL.numel():
+        block_r, block_g = _blocks(True, groups)
+        grid = (triton.cdiv(rows, block_r), triton.cdiv(groups, block_g))
+        _dequantize_kernel[grid](
+            codes_RB.contiguous(),
+            scales_RG.contiguous(),
+            values_RL,
+            rows,
+            length,
+            MANTISSA=fmt.mantissa_bits,
+            MIN_EXPONENT=fmt.min_exponent,
+            LIMIT=torch.finfo(dtype).max,
+            BLOCK_R=block_r,
+            BLOCK_G=block_g,
+        )
     return values_RL
-
-
-def to_fp8(packed: Packed, fp8: Fp8, largest: Tensor, lost: Tensor) -> Operand:
-    """`reference.to_fp8`, bit for bit."""
-    codes_RB, scales_RG, length, quantizer = packed
-    device = codes_RB.device
-    values_RL = torch.empty(
-        scales_RG.shape[0],
-        triton.cdiv(length, FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE,
-        dtype=TORCH_FP8[fp8],
-        device=device,
-    )
-    scale = torch.empty(1, dtype=torch.float32, device=device)
-    _launch_dequantize(codes_RB, scales_RG, length, values_RL, quantizer, fp8, largest, scale, lost)
-    return Operand(values_RL, scale)
-
-
-def _launch_dequantize(
-    codes_RB: Tensor,
-    scales_RG: Tensor,
-    length: int,
-    values_RL: Tensor,
-    quantizer: Quantizer,
-    fp8: Fp8 | None = None,
-    largest: Tensor | None = None,
-    scale: Tensor | None = None,
-    lost: Tensor | None = None,
-) -> None:
-    if not values_RL.numel():
-        return
-    fmt = quantizer.element.format
-    rows, values_length = values_RL.shape
-    bottom, top = (0, 0) if fp8 is None else fp8_range(fp8, fmt)
-    block_r, block_g = _blocks(True, scales_RG.shape[1])
-    grid = (triton.cdiv(rows, block_r), triton.cdiv(values_length, block_g * GROUP_SIZE))
-    _dequantize_kernel[grid](
-        codes_RB.contiguous(),
-        scales_RG.contiguous(),
-        largest,
-        values_RL,
-        scale,
-        lost,
-        rows,
-        length,
-        values_length,
-        MANTISSA=fmt.mantissa_bits,
-        MIN_EXPONENT=fmt.min_exponent,
-        MAX_EXPONENT=fmt.max_exponent,
-        MAX_MANTISSA=fmt.max_mantissa,
-        TRUNCATION_FREE=quantizer.scaling is Scaling.TRUNCATION_FREE,
-        FP8=fp8 is not None,
-        FP8_TOP=top,
-        FP8_BOTTOM=bottom,
-        LIMIT=0.0 if fp8 is not None else torch.finfo(values_RL.dtype).max,
-        BLOCK_R=block_r,
-        BLOCK_G=block_g,
-    )
 
 
 def largest_magnitude(x_RL: Tensor) -> Tensor:
@@ -766,7 +697,7 @@ def _quantize_along(
         (num_rows, length), device, stride = x.shape, x.device, x.stride(0)
     values_rows, values_length = (length, num_rows) if by_column else (num_rows, length)
     if fp8 is not None:
-        dtype, values_length = TORCH_FP8[fp8], triton.cdiv(values_length, FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE
+        dtype, values_length = TORCH_FP8[fp8], _filled(values_length)
         scale = torch.empty(1, dtype=torch.float32, device=device)
     values_RL = torch.empty(values_rows, values_length, dtype=dtype, device=device)
     tiles = triton.cdiv(num_rows, GROUP_SIZE)
@@ -814,6 +745,10 @@ def _quantize_along(
             num_warps=max(block_c // 64, 1) if by_column else 4,
         )
     return Operand(values_RL, scale), sums.sum(dim=0) if with_sum else None
+
+
+def _filled(length: int) -> int:
+    return triton.cdiv(length, FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE
 
 
 def _blocks(along_rows: bool, groups: int) -> tuple[int, int]:

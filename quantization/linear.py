@@ -25,15 +25,16 @@ Shape suffixes: N tokens (all leading axes folded), D input channels, C output c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .formats import Fp8, Rounding
-from .matmul import Matmul, has_fp8, lost_groups, multiply
+from .matmul import Matmul, has_fp8, lost_counters, multiply
 from .mx import backend_for
 from .philox import fresh_keys
 from .recipe import Quantizer, Recipe
@@ -70,7 +71,8 @@ class _Plan:
     recipe: Recipe
     dtype: torch.dtype
     fp8: bool
-    lost: Tensor | None = None
+    lost: Tensor | None = field(default=None, compare=False)
+    """Where groups out of FP8's range are counted."""
 
     def fp8_of(self, first: Quantizer, second: Quantizer) -> tuple[Fp8, Fp8] | tuple[None, None]:
         """FP8 formats of a matmul's operands: only what both quantizers have made fits. Gradients and, in the forward
@@ -111,11 +113,12 @@ def _forward_operand(
     ema_active: Tensor | None = None,
 ) -> tuple[Operand, _Kept, tuple[Tensor, ...]]:
     """Q1 or Q2: the operand of the forward matmul, and what the backward pass keeps."""
-    if not q.enabled:
-        largest = (backend_for(x_RL).largest_magnitude(x_RL),) if keep_largest else ()
-        return Operand(x_RL.to(plan.dtype)), _Kept(q, x_RL.shape[1], False, keep_largest), (x_RL, *largest)
     backend = backend_for(x_RL, plan.dtype)
-    values_RL, codes_RB, scales_RG, largest = backend.quantize(
+    largest = backend.largest_magnitude(x_RL) if keep_largest or fp8 is not None else None
+    kept = _Kept(q, x_RL.shape[1], keep_packed and q.enabled, keep_largest)
+    if not q.enabled:
+        return Operand(x_RL.to(plan.dtype)), kept, (x_RL, largest) if keep_largest else (x_RL,)
+    values_RL, codes_RB, scales_RG, operand_scale = backend.quantize(
         x_RL,
         q.element,
         q.scaling,
@@ -124,16 +127,13 @@ def _forward_operand(
         ema_RL=ema_RL,
         ema_active=ema_active,
         values_dtype=plan.dtype if fp8 is None else None,
-        pack=keep_packed or fp8 is not None,
-        track_largest=keep_largest or fp8 is not None,
+        fp8=fp8,
+        largest=largest,
+        lost=plan.lost,
+        pack=keep_packed,
     )
-    if fp8 is None:
-        operand = Operand(values_RL)
-    else:
-        operand = backend.to_fp8(Packed(codes_RB, scales_RG, x_RL.shape[1], q), fp8, largest, plan.lost)
-    kept = _Kept(q, x_RL.shape[1], keep_packed, keep_largest)
     tensors = (codes_RB, scales_RG) if keep_packed else (x_RL,)
-    return operand, kept, (*tensors, largest) if keep_largest else tensors
+    return Operand(values_RL, operand_scale), kept, (*tensors, largest) if keep_largest else tensors
 
 
 def _backward_operands(
@@ -182,6 +182,30 @@ def _dense(source: Tensor | Packed, dtype: torch.dtype) -> Tensor:
     return backend_for(codes_RB, dtype).dequantize(codes_RB, scales_RG, length, q.element, dtype)
 
 
+class _WeightCache:
+    """Q2(W) of one layer for as long as nothing that it was made of changes.
+
+    Every in-place write to a tensor raises its version; a tensor put into another's place has another identity. What
+    goes round both (`tensor.data`, a CUDA graph) goes unnoticed, hence `weights_quantized_once` limits its life.
+    """
+
+    def __init__(self, layer: QuantLinear) -> None:
+        self._layer = layer
+        self._made: tuple | None = None
+        self._key: tuple | None = None
+
+    def _key_of(self, *how) -> tuple:
+        layer = self._layer
+        tensors = [layer.weight, *((layer.weight_ema, layer.ema_updates) if layer.use_q_ema else ())]
+        return (layer.recipe, *how, *((id(t), t.data_ptr(), t._version) for t in tensors))
+
+    def get(self, *how):
+        return self._made if self._made is not None and self._key == self._key_of(*how) else None
+
+    def put(self, made, *how) -> None:
+        self._made, self._key = made, self._key_of(*how)
+
+
 class _MXLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -192,8 +216,10 @@ class _MXLinear(torch.autograd.Function):
         ema_CD: Tensor | None,
         ema_active: Tensor | None,
         lost: Tensor | None,
+        lost_backward: Tensor | None,
         recipe: Recipe,
         save: bool,
+        cache: _WeightCache | None,
     ) -> Tensor:
         dtype = _matmul_dtype(x)
         plan = _Plan(recipe, dtype, lost is not None and dtype == torch.bfloat16, lost)
@@ -207,9 +233,12 @@ class _MXLinear(torch.autograd.Function):
         keep_w_largest = save and plan.fp8_of(recipe.q3, recipe.q4)[0] is not None
         pack = recipe.double and save
         x_operand_ND, kept_x, saved_x = _forward_operand(x_ND, q1, plan, x_fp8, keep_x_largest, pack, keys[0])
-        w_operand_CD, kept_w, saved_w = _forward_operand(
-            weight_CD, q2, plan, w_fp8, keep_w_largest, pack, keys[1], ema_CD, ema_active
-        )
+        made = cache.get(plan, w_fp8, keep_w_largest, pack) if cache is not None else None
+        if made is None:
+            made = _forward_operand(weight_CD, q2, plan, w_fp8, keep_w_largest, pack, keys[1], ema_CD, ema_active)
+            if cache is not None:
+                cache.put(made, plan, w_fp8, keep_w_largest, pack)
+        w_operand_CD, kept_w, saved_w = made
         y_NC = multiply(x_operand_ND, w_operand_CD, _output_dtype(x), bias_C)
 
         # Codes and scales are tensors of the graph like any other, so activation checkpointing and saved-tensor hooks
@@ -223,11 +252,13 @@ class _MXLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
+        dy_NC = dy.reshape(-1, dy.shape[-1])
         plan, recipe = ctx.plan, ctx.plan.recipe
+        lost = torch.zeros(1, dtype=torch.int64, device=dy.device) if plan.fp8 else None
+        plan = replace(plan, lost=lost)
         saved = list(ctx.saved_tensors)  # read once: checkpointing recomputes the forward pass for it
         x_source, x_largest = ctx.kept_x.read(saved)
         w_source, w_largest = ctx.kept_w.read(saved)
-        dy_NC = dy.reshape(-1, dy.shape[-1])
         # Fresh for every layer, operand and backward pass: micro-batches and ranks round independently.
         key3, key4, key5, key6 = fresh_keys(4, dy.device).split(1)
         needs_dx, needs_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
@@ -257,7 +288,8 @@ class _MXLinear(torch.autograd.Function):
             _, x_operand_DN, _ = _backward_operands(x_source, None, recipe.q6, (None, key6), plan, x_fp8, x_largest)
             dw_CD = multiply(dy_columns_CN, x_operand_DN, ctx.weight_dtype)
         db_C = db_C.to(ctx.bias_dtype) if needs_db else None
-        return dx, dw_CD, db_C, None, None, None, None, None
+        lost = lost.to(torch.float32) if ctx.needs_input_grad[6] else None
+        return dx, dw_CD, db_C, None, None, None, lost, None, None, None
 
 
 class QuantLinear(nn.Linear):
@@ -284,6 +316,7 @@ class QuantLinear(nn.Linear):
         """Off during Q-Ramping's detection, which studies plain rounding."""
         self.matmul = Matmul.AUTO
         """Arithmetic of the matmuls under bf16: speed, not results. `set_matmul` sets it for a model."""
+        self._cache: _WeightCache | None = None
         if self.use_q_ema:
             self._register_ema()
 
@@ -316,9 +349,20 @@ class QuantLinear(nn.Linear):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the last axis must have {self.in_features} channels, got {tuple(x.shape)}")
         fp8 = self.matmul is Matmul.FP8 or (self.matmul is Matmul.AUTO and has_fp8(x.device))
-        lost = lost_groups(x.device) if fp8 else None
+        lost = lost_counters(x.device) if fp8 else (None, None)
+        trains = x.requires_grad or self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        # A compiled graph quantizes the weight as a part of itself.
+        cache = None if torch.compiler.is_compiling() else self._cache
         return _MXLinear.apply(
-            x, self.weight, self.bias, *self._ema_arguments(), lost, self.recipe, torch.is_grad_enabled()
+            x,
+            self.weight,
+            self.bias,
+            *self._ema_arguments(),
+            lost[0],
+            lost[1] if trains else None,
+            self.recipe,
+            torch.is_grad_enabled(),
+            cache,
         )
 
     @torch.no_grad()
@@ -370,6 +414,27 @@ def set_matmul(model: nn.Module, matmul: Matmul | str) -> None:
     """Choose the arithmetic of every quantized linear of `model`."""
     for layer in quant_linears(model).values():
         layer.matmul = Matmul(matmul)
+
+
+@contextmanager
+def weights_quantized_once(model: nn.Module) -> Iterator[None]:
+    """Within, Q2(W) is computed once for as long as the weight stays the same: around the micro-batches of a step, or
+    an evaluation. Q4 is drawn afresh in every backward pass all the same.
+
+    Optimizer steps, in-place edits, `load_state_dict`, averages that move and parameters that are replaced are
+    noticed; an edit through `.data`, which PyTorch does not count, is not until the block ends. Layers whose Q2 is
+    stochastic, and compiled ones, quantize in every forward pass.
+    """
+    layers = [layer for layer in quant_linears(model).values() if layer.recipe.q2.rounding is not Rounding.STOCHASTIC]
+    before = [layer._cache for layer in layers]
+    for layer in layers:
+        if layer._cache is None:
+            layer._cache = _WeightCache(layer)
+    try:
+        yield
+    finally:
+        for layer, cache in zip(layers, before):
+            layer._cache = cache
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:

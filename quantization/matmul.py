@@ -7,12 +7,13 @@ are accumulated in fp32 either way; the two paths differ by the order of that su
 One operand of a matmul may be E5M2, which holds E2M1 groups whose scales lie up to 28 binades apart; the other is
 E4M3, 14 binades. Groups further below the largest become zero: they are smaller than the rounding error of whatever
 stands beside them in a sum, and a second, bf16 matmul kept ready inside the same graph would cost more than FP8 saves.
-`lost_groups` counts them, and main.py logs the count.
+`take_lost_groups` gives their number, and main.py logs it.
 """
 
 from __future__ import annotations
 
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,17 +41,37 @@ def has_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-_LOST: dict[torch.device, Tensor] = {}
+class LostGroups(NamedTuple):
+    """Counters of one device."""
+
+    forward: Tensor
+    """int64 [1], added to in place."""
+    backward: Tensor
+    """fp32 [1], whose gradient is the count: in a compiled graph a backward pass can return numbers but not keep them."""
 
 
-def lost_groups(device: torch.device | str) -> Tensor:
-    """int64 [1] on `device`: the groups that FP8 operands have lost there since somebody last set it to zero."""
-    device = torch.device(device)
+_LOST: dict[torch.device, LostGroups] = {}
+
+
+def lost_counters(device: torch.device) -> LostGroups:
+    if device not in _LOST:
+        counters = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device, requires_grad=True)
+        _LOST[device] = LostGroups(*counters)
+    return _LOST[device]
+
+
+@torch.no_grad()
+def take_lost_groups(device: torch.device) -> Tensor:
+    """int64 [1]: the groups that FP8 operands have lost on `device` since the last call."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    if device not in _LOST:
-        _LOST[device] = torch.zeros(1, dtype=torch.int64, device=device)
-    return _LOST[device]
+    forward, backward = lost_counters(device)
+    count = forward.clone()
+    if backward.grad is not None:
+        count += backward.grad.to(torch.int64)
+        backward.grad = None
+    forward.zero_()
+    return count
 
 
 def multiply(a: Operand, b: Operand, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:

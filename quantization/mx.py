@@ -16,7 +16,7 @@ from . import reference
 from .formats import Element, Rounding, Scaling
 from .philox import fresh_keys
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def backend_for(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
@@ -24,7 +24,7 @@ def backend_for(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
 
     The kernels write at most fp32 values; a result in float64 comes from the reference on every device.
     """
-    if tensor.is_cuda and _HAS_TRITON and dtype != torch.float64:
+    if tensor.is_cuda and HAS_TRITON and dtype != torch.float64:
         from . import kernels
 
         return kernels

@@ -14,9 +14,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from .adamw import Scalars, Update
+from .mx import HAS_TRITON
 from .oscillation import PathLengths
 from .q_ema import plain_rounding
 from .snapshot import rewound
+
+if HAS_TRITON:
+    from . import adamw_kernel as _kernel
+else:
+    _kernel = None
 
 Batch = TypeVar("Batch")
 
@@ -92,44 +99,64 @@ class RampingAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step_parameter(p, group)
+        updates = list(self._updates())
+        together = [update for update in updates if _kernel is not None and _kernel.fits(update)]
+        for device in {update.parameter.device for update in together}:
+            _kernel.step([update for update in together if update.parameter.device == device])
+        for update in updates:
+            if _kernel is None or not _kernel.fits(update):
+                step_parameter(update)
         return loss
 
-    def _step_parameter(self, p: Tensor, group: dict) -> None:
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        state, gradient = self.state[p], p.grad
-        if "exp_avg" not in state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        state["step"] += 1
-        step = state["step"].item()  # on the CPU, as in torch.optim.AdamW: no synchronisation
-        m, v = state["exp_avg"], state["exp_avg_sq"]
+    def _updates(self) -> Iterator[Update]:
+        """Counts the step of every parameter that has a gradient, and says how to update it."""
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "exp_avg" not in state:
+                    state["step"] = torch.zeros(())
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["step"] += 1
+                step = float(state["step"])  # on the CPU, as in torch.optim.AdamW: no synchronisation
+                scalars = Scalars(
+                    keep=1 - lr * group["weight_decay"],
+                    weight1=1 - beta1,
+                    beta2=beta2,
+                    weight2=1 - beta2,
+                    correction=(1 - beta2**step) ** 0.5,
+                    eps=group["eps"],
+                    step_size=-lr / (1 - beta1**step),
+                )
+                ramping = (state.get(name) for name in ("period", "grad_sum", "grad_count"))
+                yield Update(p, p.grad, state["exp_avg"], state["exp_avg_sq"], *ramping, scalars)
 
-        p.mul_(1 - lr * group["weight_decay"])
-        due = gradient.isfinite()
-        count = None
-        if "period" in state:
-            total, count = state["grad_sum"], state["grad_count"]
-            total += torch.where(due, gradient, 0)
-            count += due
-            due = (count > 0) & (count % state["period"] == 0)
-            gradient = total / count
 
-        new_m = m.lerp(gradient, 1 - beta1)
-        new_v = (v * beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        denominator = (new_v.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
-        numerator = new_m if count is None else new_m * count
-        new_p = p.addcdiv(numerator, denominator, value=-lr / (1 - beta1**step))
+def step_parameter(update: Update) -> None:
+    """One parameter's update in plain PyTorch, in place; every operation rounds once."""
+    p, gradient, m, v, period, total, count, s = update
+    p.mul_(s.keep)
+    due = gradient.isfinite()
+    if period is not None:
+        total += torch.where(due, gradient, 0)
+        count += due
+        due = (count > 0) & (count % period == 0)
+        gradient = total / count
 
-        # `where`, not indexing: a boolean index on a GPU waits for the host to learn its size.
-        for old, new in ((m, new_m), (v, new_v), (p, new_p)):
-            old.copy_(torch.where(due, new, old))
-        if count is not None:
-            total.masked_fill_(due, 0)
-            count.masked_fill_(due, 0)
+    new_m = m + (gradient - m) * s.weight1
+    new_v = v * s.beta2 + s.weight2 * gradient * gradient
+    denominator = new_v.sqrt() / s.correction + s.eps
+    numerator = new_m if period is None else new_m * count
+    new_p = p + numerator * s.step_size / denominator
+
+    # `where`, not indexing: a boolean index on a GPU waits for the host to learn its size.
+    for old, new in ((m, new_m), (v, new_v), (p, new_p)):
+        old.copy_(torch.where(due, new, old))
+    if period is not None:
+        total.masked_fill_(due, 0)
+        count.masked_fill_(due, 0)
 
 
 def detect_oscillation(

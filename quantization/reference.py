@@ -1,6 +1,6 @@
 """The specification of MX quantization, in plain PyTorch, on any device.
 
-`kernels.py` has the same five functions in Triton and returns the same bits. They work on matrices whose groups lie
+`kernels.py` has the same four functions in Triton and returns the same bits. They work on matrices whose groups lie
 along the rows, or, in `quantize_both`, along rows and columns; `mx.py` and `linear.py` bring their tensors into that
 form.
 
@@ -51,7 +51,7 @@ class Quantized(NamedTuple):
     values_RL: Tensor | None  # the quantized values, in the dtype asked for
     codes_RB: Tensor | None  # uint8, two codes a byte, the first element in the low nibble
     scales_RG: Tensor | None  # uint8, E8M0
-    largest: Tensor | None  # int32 [1], the fp32 bits of the largest finite magnitude before quantization
+    operand_scale: Tensor | None  # fp32 [1], the power of two that FP8 values are to be multiplied by
 
 
 class Packed(NamedTuple):
@@ -82,26 +82,32 @@ def quantize(
     ema_RL: Tensor | None = None,
     ema_active: Tensor | None = None,
     values_dtype: torch.dtype | None = None,
+    fp8: Fp8 | None = None,
+    largest: Tensor | None = None,
+    lost: Tensor | None = None,
     pack: bool = True,
-    track_largest: bool = False,
 ) -> Quantized:
     """Quantize every group of 32 elements along the rows of `x_RL`.
 
     `key` (one int64) decides stochastic rounding. `ema_RL`, shaped like `x_RL`, decides EMA rounding; while the
     scalar tensor `ema_active` is false, EMA rounding is nearest rounding. `values_dtype` asks for the quantized
-    values, `pack` for codes and scales, `track_largest` for the largest magnitude. A group that holds NaN or Inf
-    becomes NaN: scale 0xFF, codes 0.
+    values, `pack` for codes and scales. A group that holds NaN or Inf becomes NaN: scale 0xFF, codes 0.
+
+    `fp8` asks for the values as FP8 numbers instead, over a power of two that follows from `largest`
+    (`largest_magnitude(x_RL)`, or more), in rows filled up with zeros to a multiple of 16. They are exact, but for
+    groups whose scale lies further below the largest than `fp8` spans: those become zero, and the number of those that
+    were not is added to `lost`, an int64 [1].
     """
     fmt = element.format
     rows, length = x_RL.shape
     x = _groups(x_RL)
     magnitude = x.abs()
-    largest = magnitude.amax(dim=-1, keepdim=True)
-    broken = ~(largest < torch.inf)
+    group_largest = magnitude.amax(dim=-1, keepdim=True)
+    broken = ~(group_largest < torch.inf)
     if ema_RL is not None:
         ema = _groups(ema_RL)
         broken |= ~(ema.abs() < torch.inf).all(dim=-1, keepdim=True)
-    scale_byte = _scale_byte(largest, fmt, scaling)
+    scale_byte = _scale_byte(group_largest, fmt, scaling)
 
     # y = |x| / S; its grid has the spacing 2**(e - mantissa_bits) in the binade 2**e, and t = y / spacing.
     inverse_scale = ((2 * FP32_EXPONENT_BIAS - scale_byte) << FP32_MANTISSA_BITS).view(torch.float32)
@@ -132,16 +138,16 @@ def quantize(
     code.add_((x.view(torch.int32) >> 31) & SIGN_CODE).masked_fill_(broken, 0)
     scale_byte.masked_fill_(broken, SCALE_NAN)
 
-    values_RL = codes_RB = scales_RG = largest_bits = None
-    if track_largest:
-        largest_bits = largest_magnitude(x_RL)
+    values_RL = codes_RB = scales_RG = operand_scale = None
+    if fp8 is not None:
+        values_RL, operand_scale = _fp8_values(code, scale_byte, element, scaling, fp8, largest, lost, length)
     if values_dtype is not None:
         values_RL = _values(code, scale_byte, fmt, values_dtype)[:, :length]
     if pack:
         codes = code.to(torch.uint8).flatten(1)[:, : length + length % 2]
         codes_RB = codes[:, 0::2] | (codes[:, 1::2] << 4)
         scales_RG = scale_byte.to(torch.uint8).squeeze(-1)
-    return Quantized(values_RL, codes_RB, scales_RG, largest_bits)
+    return Quantized(values_RL, codes_RB, scales_RG, operand_scale)
 
 
 def dequantize(codes_RB: Tensor, scales_RG: Tensor, length: int, element: Element, dtype: torch.dtype) -> Tensor:
@@ -159,35 +165,7 @@ def largest_magnitude(x_RL: Tensor) -> Tensor:
     return bits.masked_fill(bits >= FP32_EXPONENT_MASK, 0).amax().view(1)
 
 
-def to_fp8(packed: Packed, fp8: Fp8, largest: Tensor, lost: Tensor) -> Operand:
-    """The values of `packed` as FP8 numbers: exact, but for groups too far below `largest`.
-
-    `largest` (`largest_magnitude` of what was quantized, or more) decides the power of two. A group whose scale lies
-    further below the largest than `fp8` spans becomes zero; those that held anything else are added to `lost`,
-    an int64 [1].
-    """
-    codes_RB, scales_RG, length, quantizer = packed
-    rows, groups = scales_RG.shape
-    exponent_byte = fp8_exponent_byte(largest, quantizer, fp8)
-    low_RG = scales_RG.to(torch.int32) - exponent_byte < fp8_range(fp8, quantizer.element.format)[0]
-    nonzero = _filled(codes_RB & (MAX_MAGNITUDE_CODE * 0x11), groups * GROUP_SIZE // 2)
-    lost += (low_RG & (nonzero != 0).view(rows, groups, GROUP_SIZE // 2).any(dim=-1)).sum()
-    values = dequantize(codes_RB, scales_RG, length, quantizer.element, torch.float64)
-    low_RL = low_RG.repeat_interleave(GROUP_SIZE, dim=1)[:, :length]
-    values = torch.where(low_RL, 0 * values, values) * torch.exp2((FP32_EXPONENT_BIAS - exponent_byte).double())
-    values = _filled(values.to(torch.float32), -(-length // FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE)
-    scale = (exponent_byte << FP32_MANTISSA_BITS).view(torch.float32)
-    return Operand(values.to(TORCH_FP8[fp8]), scale)
-
-
-def fp8_exponent_byte(largest: Tensor, quantizer: Quantizer, fp8: Fp8) -> Tensor:
-    """e + 127, int32 [1], of the power of two 2**e that FP8 values are multiplied by."""
-    fmt = quantizer.element.format
-    byte = _scale_byte(largest.view(torch.float32), fmt, quantizer.scaling)
-    return (byte - fp8_range(fp8, fmt)[1]).clamp_(min=1)
-
-
-def largest_quantized(largest: Tensor, quantizer: Quantizer) -> Tensor:
+def _largest_quantized(largest: Tensor, quantizer: Quantizer) -> Tensor:
     """Bits, int32 [1], of a bound on what `quantizer` makes of magnitudes up to `largest`: Qp times the scale."""
     fmt = quantizer.element.format
     byte = _scale_byte(largest.view(torch.float32), fmt, quantizer.scaling)
@@ -210,24 +188,21 @@ def quantize_both(
     """Quantize a matrix [N, C] along its rows, along its columns, or both.
 
     Returns the operand [N, C] of `rows`, the operand [C, N] of `columns`, each with a key of its own, and, if
-    `with_sum`, the fp32 sums [C] of the unquantized columns. Values are in `dtype`, or in `fp8`, which needs `largest`
-    (`largest_magnitude` of the source or, for a packed source, of what its quantizer read) and `lost`, as in `to_fp8`.
+    `with_sum`, the fp32 sums [C] of the unquantized columns. Values are in `dtype`, or in `fp8`, which needs `lost` and
+    `largest` as `quantize` does; for a packed source, `largest` is that of the tensor that its quantizer read.
     """
     x_NC, bound = source, largest
     if isinstance(source, Packed):
         x_NC = dequantize(source.codes_RB, source.scales_RG, source.length, source.quantizer.element, torch.float32)
-        bound = None if largest is None else largest_quantized(largest, source.quantizer)
+        bound = None if largest is None else _largest_quantized(largest, source.quantizer)
     results = []
     for x_RL, q, key in ((x_NC, rows, keys[0]), (x_NC.T, columns, keys[1])):
-        if q is None:
-            results.append(None)
-        elif fp8 is None:
-            results.append(
-                Operand(quantize(x_RL, q.element, q.scaling, q.rounding, key=key, values_dtype=dtype, pack=False)[0])
-            )
-        else:
-            _, codes_RB, scales_RG, _ = quantize(x_RL, q.element, q.scaling, q.rounding, key=key)
-            results.append(to_fp8(Packed(codes_RB, scales_RG, x_RL.shape[1], q), fp8, bound, lost))
+        result = None
+        if q is not None:
+            options = {"fp8": fp8, "largest": bound, "lost": lost} if fp8 is not None else {"values_dtype": dtype}
+            values_RL, _, _, scale = quantize(x_RL, q.element, q.scaling, q.rounding, key=key, pack=False, **options)
+            result = Operand(values_RL, scale)
+        results.append(result)
     return results[0], results[1], x_NC.sum(dim=0, dtype=torch.float32) if with_sum else None
 
 
@@ -271,6 +246,29 @@ def _stochastic_code(y: Tensor, fmt: ElementFormat, draw: Tensor) -> Tensor:
     bits = bits + (((2**RANDOM_BITS - 1 - draw) << (kept - RANDOM_BITS)) + below_tie)
     first = (FP32_EXPONENT_BIAS + fmt.min_exponent) << fmt.mantissa_bits
     return (bits >> kept) - first + torch.where(small, 0, 1 << fmt.mantissa_bits)
+
+
+def _fp8_values(
+    code: Tensor,
+    scale_byte: Tensor,
+    element: Element,
+    scaling: Scaling,
+    fp8: Fp8,
+    largest: Tensor,
+    lost: Tensor,
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    """FP8 values of codes [R, G, E] and scales [R, G, 1], and the power of two, fp32 [1], that was taken out."""
+    fmt = element.format
+    bottom, top = fp8_range(fp8, fmt)
+    exponent_byte = (_scale_byte(largest.view(torch.float32), fmt, scaling) - top).clamp_(min=1)
+    low = scale_byte - exponent_byte < bottom
+    lost += (low & ((code & MAX_MAGNITUDE_CODE) > 0).any(dim=-1, keepdim=True)).sum()
+    values = _values(code, scale_byte, fmt, torch.float64).view_as(code)
+    values = torch.where(low, 0 * values, values) * torch.exp2((FP32_EXPONENT_BIAS - exponent_byte).double())
+    rows, filled_length = code.shape[0], -(-length // FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE
+    values_RL = values.to(torch.float32).view(rows, code[0].numel() if rows else 0)[:, :filled_length]
+    return values_RL.to(TORCH_FP8[fp8]).contiguous(), (exponent_byte << FP32_MANTISSA_BITS).view(torch.float32)
 
 
 def _values(code: Tensor, scale_byte: Tensor, fmt: ElementFormat, dtype: torch.dtype) -> Tensor:

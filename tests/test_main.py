@@ -346,7 +346,8 @@ def test_options_are_these():
         --model --drop-path --finetune --data-set --data-path --download --num-classes --input-size --num-workers
         --repeats --aa --color-jitter --reprob --mixup --cutmix --epochs --batch-size --lr --min-lr --warmup-lr
         --warmup-epochs --weight-decay --smoothing --model-ema-decay --seed --distillation-type --distillation-alpha
-        --distillation-tau --teacher-model --teacher-path --device --output-dir --resume --eval""".split()
+        --distillation-tau --teacher-model --teacher-path --device --output-dir --resume --eval
+        --matmul --compile""".split()
     )
 
 

@@ -7,10 +7,12 @@ import os
 import pytest
 import torch
 
-from quantization import Element, Rounding, Scaling, quantize_mx
+from quantization import Element, Quantizer, Rounding, Scaling, quantize_mx
+from quantization.formats import Fp8
 
 triton = pytest.importorskip("triton", reason="Triton has no release for this platform")
 from quantization import kernels, reference  # noqa: E402
+from quantization.reference import Packed  # noqa: E402
 
 ELEMENTS = pytest.mark.parametrize("element", list(Element))
 SCALINGS = pytest.mark.parametrize("scaling", list(Scaling))
@@ -29,8 +31,8 @@ def compare(device, assert_same_bits):
         for dtype in dtypes:
             expected = reference.quantize(x, element, scaling, rounding, values_dtype=dtype, **options)
             got = kernels.quantize(x, element, scaling, rounding, values_dtype=dtype, **options)
-            for name, a, b in zip(got._fields, got, expected):
-                assert_same_bits(a, b, f"{name} in {dtype}")
+            for name in ("values_RL", "codes_RB", "scales_RG"):
+                assert_same_bits(getattr(got, name), getattr(expected, name), f"{name} in {dtype}")
             back = [
                 backend.dequantize(expected.codes_RB, expected.scales_RG, x.shape[1], element, dtype)
                 for backend in (kernels, reference)
@@ -87,6 +89,62 @@ def test_random_fp32_bit_patterns(rounding, transposed, device, compare):
     for element in Element:
         for scaling in Scaling:
             compare(x.T if transposed else x, element, scaling, rounding, dtypes=(torch.float32,))
+
+
+@ELEMENTS
+@SCALINGS
+@pytest.mark.parametrize("rounding", [Rounding.NEAREST, Rounding.STOCHASTIC])
+@pytest.mark.parametrize("fp8", list(Fp8))
+def test_fp8_values(element, scaling, rounding, fp8, randn, device, assert_same_bits):
+    """Rows far below others, an all-zero group, an Inf; a length that is no multiple of 16."""
+    x = randn(37, 75) * torch.exp2(8 * randn(37, 1))
+    x[0, :32] = 0
+    x[3, 40] = torch.inf
+    key = torch.tensor([5], device=device)
+    largest = reference.largest_magnitude(x)
+    assert_same_bits(kernels.largest_magnitude(x), largest)
+    results, counts = [], []
+    for backend in (kernels, reference):
+        lost = torch.zeros(1, dtype=torch.int64, device=device)
+        results.append(backend.quantize(x, element, scaling, rounding, key=key, fp8=fp8, largest=largest, lost=lost))
+        counts.append(lost.item())
+    for name, a, b in zip(results[0]._fields, *results):
+        assert_same_bits(a.float() if name == "values_RL" else a, b.float() if name == "values_RL" else b, name)
+    assert results[0].values_RL.shape == (37, 80) and counts[0] == counts[1] > 0
+
+
+@ELEMENTS
+@pytest.mark.parametrize("rounding", [Rounding.NEAREST, Rounding.STOCHASTIC])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("fp8", [None, *Fp8])
+def test_both_ways(element, rounding, packed, fp8, randn, device, assert_same_bits):
+    """Rows and columns of one matrix, dense or packed, with the sums of its columns."""
+    for rows, columns in ((33, 70), (64, 300)):
+        x = (randn(rows, columns) * torch.exp2(4 * randn(rows, 1))).bfloat16()
+        x[:, 3] = 0
+        q = Quantizer(element=element, scaling=Scaling.FLOOR if packed else Scaling.TRUNCATION_FREE, rounding=rounding)
+        first = Quantizer()
+        codes, scales = reference.quantize(x, first.element, first.scaling, first.rounding)[1:3]
+        source = Packed(codes, scales, columns, first) if packed else x
+        keys = tuple(torch.tensor([3, 4], device=device).split(1))
+        results, counts = [], []
+        for backend in (kernels, reference):
+            lost = torch.zeros(1, dtype=torch.int64, device=device)
+            options = {"dtype": torch.bfloat16, "with_sum": not packed}
+            if fp8 is not None:
+                options |= {"fp8": fp8, "largest": backend.largest_magnitude(x), "lost": lost}
+            results.append(backend.quantize_both(source, q, q, keys=keys, **options))
+            counts.append(lost.item())
+        for got, expected in zip(results[0][:2], results[1][:2]):
+            assert_same_bits(got.values_RL.float(), expected.values_RL.float())
+            if fp8 is not None:
+                assert_same_bits(got.scale, expected.scale)
+        assert counts[0] == counts[1]
+        if not packed:
+            assert torch.allclose(results[0][2], x.double().sum(0).float(), rtol=1e-5, atol=1e-4 * x.abs().max())
+        alone = kernels.quantize_both(source, None, q, keys=keys, **options)
+        assert alone[0] is None
+        assert_same_bits(alone[1].values_RL.float(), results[0][1].values_RL.float())
 
 
 @pytest.mark.parametrize("active", [False, True])
