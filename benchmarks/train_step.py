@@ -1,60 +1,120 @@
-"""Time and memory of one training step at 224 px on a GPU, all variants side by side in one run.
+"""Time and memory of one training step at 224 px, all variants side by side in one run.
 
-    python benchmarks/train_step.py
+    python benchmarks/train_step.py [--models NAME ...] [--variants NAME ...] [--csv docs/train_step.csv]
 
-A step is forward, backward and the optimizer's update on random images, fresh ones each time, under bf16 autocast,
-without torch.compile. Milliseconds are medians with 20th and 80th percentiles; memory is the peak of the allocator.
-Before timing, a step of every variant is run in which any wait for the host is an error.
+A step is forward, backward and the optimizer's update on random images, fresh ones each time, under bf16 autocast on a
+GPU. Milliseconds are medians with 20th and 80th percentiles; memory is the peak of the allocator. Before timing, the
+kernels are compared with the reference bit for bit and FP8 products with bf16's, and one step of every eager variant
+runs with any wait for the host an error.
 """
 
 from __future__ import annotations
 
-import statistics
-import subprocess
+import argparse
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
+from common import append_rows, environment, median_and_percentiles, timed
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import timm
+from quantization import QEma, Quantizer, RampingAdamW, Recipe, has_fp8, linear, quant_linears, reference, set_matmul
+from quantization.formats import Fp8
+from quantization.matmul import multiply
+from quantization.mx import backend_for
+from quantization.reference import Operand
 
-import timm  # noqa: E402
-from quantization import QEma, RampingAdamW, Recipe, quant_linears  # noqa: E402
-
-MODELS = {"deit_tiny_patch16_224": 256, "deit_small_patch16_224": 256, "deit_base_patch16_224": 128}
-VARIANTS = {
-    "bf16": (None, False),
-    "TetraJet": (Recipe(), False),
-    "+ Q-EMA": (Recipe().with_q_ema(), False),
-    "+ Q-Ramping": (Recipe(), True),
+MODELS = {
+    "deit_tiny_patch16_224": 256,
+    "deit_small_patch16_224": 256,
+    "deit_base_patch16_224": 128,
+    "vit_large_patch16_224": 64,
 }
-WARM_UP, TIMED = 8, 40
 
 
-def training_step(model: nn.Module, batch_size: int, ramping: bool) -> Callable[[], None]:
+@dataclass(frozen=True)
+class Variant:
+    recipe: Recipe | None = None
+    ramping: bool = False
+    compiled: bool = False
+    matmul: str = "auto"
+    reference: bool = False
+    """The specification itself, in place of the kernels."""
+
+
+VARIANTS = {
+    "bf16": Variant(),
+    "bf16, compiled": Variant(compiled=True),
+    "TetraJet, reference": Variant(Recipe(), matmul="bf16", reference=True),
+    "TetraJet, bf16 matmuls": Variant(Recipe(), matmul="bf16"),
+    "TetraJet": Variant(Recipe()),
+    "TetraJet + Q-EMA": Variant(Recipe().with_q_ema()),
+    "TetraJet + Q-Ramping": Variant(Recipe(), ramping=True),
+    "TetraJet, compiled": Variant(Recipe(), compiled=True),
+    "TetraJet + Q-EMA, compiled": Variant(Recipe().with_q_ema(), compiled=True),
+    "TetraJet + Q-Ramping, compiled": Variant(Recipe(), ramping=True, compiled=True),
+}
+BASELINE = "bf16, compiled"
+
+
+def check(device: torch.device) -> None:
+    """Raises AssertionError unless kernels and FP8 products give what they must on fresh random numbers."""
+    x, w = torch.randn(197, 384, device=device), torch.randn(96, 384, device=device)
+    q, backend = Quantizer(), backend_for(x)
+    how = (q.element, q.scaling, q.rounding)
+    for got, expected in zip(backend.quantize(x, *how)[1:3], reference.quantize(x, *how)[1:3]):
+        assert torch.equal(got, expected), "the kernels do not return the reference's bits"
+    products = []
+    for a_fp8, b_fp8 in ((Fp8.E5M2, Fp8.E4M3), (None, None)):
+        operands = []
+        for tensor, fp8 in ((x, a_fp8), (w, b_fp8)):
+            options = {"values_dtype": torch.bfloat16}
+            if fp8 is not None:
+                lost = torch.zeros(1, dtype=torch.int64, device=device)
+                options = {"fp8": fp8, "largest": backend.largest_magnitude(tensor), "lost": lost}
+            values, _, _, scale = backend.quantize(tensor, *how, pack=False, **options)
+            operands.append(Operand(values, scale))
+        products.append(multiply(*operands, torch.float32).double())
+    error = ((products[0] - products[1]).norm() / products[1].norm()).item()
+    assert error < (1e-5 if device.type == "cuda" else 1e-2), f"FP8 and bf16 products differ by {error:.1e}"
+
+
+@contextmanager
+def by_reference(active: bool):
+    kernels = linear.backend_for
+    if active:
+        linear.backend_for = lambda *args: reference
+    try:
+        yield
+    finally:
+        linear.backend_for = kernels
+
+
+def training_step(model: nn.Module, batch_size: int, variant: Variant, device: torch.device) -> Callable[[], None]:
     """One step on the next of four batches. Q-Ramping gets periods of 1 to 3, as after a detection."""
     options = {"lr": 1e-4, "weight_decay": 0.05}
-    if ramping:
+    if variant.ramping:
         optimizer = RampingAdamW(model.parameters(), **options)
         weights = [layer.weight for layer in quant_linears(model).values()]
         optimizer.set_periods({w: torch.randint(1, 4, w.shape, device=w.device) for w in weights})
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), **options, fused=True)
+        optimizer = torch.optim.AdamW(model.parameters(), **options, fused=device.type == "cuda")
     uses_average = any(layer.use_q_ema for layer in quant_linears(model).values())
     q_ema = QEma(model) if uses_average else None
-    images = torch.randn(4, batch_size, 3, 224, 224, device="cuda")
-    labels = torch.randint(0, 1000, (4, batch_size), device="cuda")
+    size = model.patch_embed.img_size
+    images = torch.randn(4, batch_size, 3, *size, device=device)
+    labels = torch.randint(0, model.num_classes, (4, batch_size), device=device)
     count = 0
 
     def step() -> None:
         nonlocal count
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = F.cross_entropy(model(images[count % 4]), labels[count % 4])
         optimizer.zero_grad()
         loss.backward()
@@ -66,50 +126,66 @@ def training_step(model: nn.Module, batch_size: int, ramping: bool) -> Callable[
     return step
 
 
-def measure(step: Callable[[], None]) -> tuple[list[float], float]:
-    """Milliseconds of every timed step, and the peak of allocated memory in GiB."""
-    for _ in range(WARM_UP):
-        step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    step()
-    torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(TIMED):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def measure(name: str, batch_size: int, variant: Variant, device: torch.device, steps: int) -> tuple[list, float]:
+    """Milliseconds of the timed steps, and the peak of allocated memory in GiB."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = timm.create_model(name, quant=variant.recipe, drop_path_rate=0.1).to(device)
+    set_matmul(model, variant.matmul)
+    if variant.compiled:
+        model.compile()
+    step = training_step(model, batch_size, variant, device)
+    with by_reference(variant.reference):
+        for _ in range(min(steps, 8)):
+            step()
+        if device.type != "cuda":
+            return timed(step, device, 0, steps), float("nan")
         torch.cuda.synchronize()
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return times, torch.cuda.max_memory_allocated() / 2**30
+        if not variant.compiled:
+            torch.cuda.set_sync_debug_mode("error")
+            step()
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.reset_peak_memory_stats()
+        return timed(step, device, 0, steps), torch.cuda.max_memory_allocated() / 2**30
 
 
-def main() -> int:
-    if not torch.cuda.is_available():
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
+    parser.add_argument("--steps", type=int, default=40, help="timed steps (default: 40)")
+    parser.add_argument("--batch-size", type=int, help="instead of each model's own")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
+    parser.add_argument("--csv", type=Path, help="append one row a measurement to this file")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
         print("train_step.py: error: timing needs a GPU, PyTorch finds none", file=sys.stderr)
         return 2
+    device = torch.device(args.device)
     warnings.filterwarnings("ignore", message="Synchronization debug mode")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}, ", end="")
-    print(f"timm {timm.__version__}, commit {commit.stdout.strip() or 'unknown'}\n")
-    print("| model, batch | variant | ms (20 %, 80 %) | img/s | peak GiB | time / bf16 |")
+    check(device)
+    where = environment(device)
+    print(", ".join(f"{key} {value}" for key, value in where.items()), end="")
+    print(f", FP8 matmuls {'on' if has_fp8(device) else 'off'}\n")
+    print(f"| model, batch | variant | ms (20 %, 80 %) | img/s | peak GiB | time / {BASELINE} |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for name, batch_size in MODELS.items():
-        baseline = None
-        for variant, (recipe, ramping) in VARIANTS.items():
-            torch.manual_seed(0)
-            model = timm.create_model(name, quant=recipe, drop_path_rate=0.1).cuda()
-            times, peak = measure(training_step(model, batch_size, ramping))
-            median = statistics.median(times)
-            low, *_, high = statistics.quantiles(times, n=5)
-            baseline = baseline or median
-            cells = [f"{name.removesuffix('_patch16_224')}, {batch_size}", variant]
-            cells += [f"{median:.1f} ({low:.1f}, {high:.1f})", f"{1000 * batch_size / median:,.0f}"]
-            cells += [f"{peak:.1f}", f"{median / baseline:.2f}"]
-            print(f"| {' | '.join(cells)} |", flush=True)
+    for name in args.models:
+        batch_size, baseline = args.batch_size or MODELS.get(name, 128), None
+        for title in sorted(args.variants, key=lambda title: title != BASELINE):
+            times, peak = measure(name, batch_size, VARIANTS[title], device, args.steps)
+            median, low, high = median_and_percentiles(times)
+            baseline = median if title == BASELINE else baseline
+            ratio = f"{median / baseline:.2f}" if baseline else ""
+            speed = 1000 * batch_size / median
+            print(
+                f"| {name.split('_patch')[0]}, {batch_size} | {title} | {median:.1f} ({low:.1f}, {high:.1f}) "
+                f"| {speed:,.0f} | {peak:.1f} | {ratio} |",
+                flush=True,
+            )
+            if args.csv:
+                numbers = {"model": name, "batch": batch_size, "variant": title, "ms": round(median, 2)}
+                numbers |= {"ms_20": round(low, 2), "ms_80": round(high, 2), "img_per_s": round(speed)}
+                append_rows(args.csv, [where | numbers | {"peak_gib": round(peak, 2)}])
     return 0
 
 

@@ -314,11 +314,19 @@ class QuantLinear(nn.Linear):
         self.recipe = recipe = Recipe() if recipe is None else recipe
         self.use_q_ema = recipe.q_ema_beta is not None
         """Off during Q-Ramping's detection, which studies plain rounding."""
-        self.matmul = Matmul.AUTO
-        """Arithmetic of the matmuls under bf16: speed, not results. `set_matmul` sets it for a model."""
+        self._matmul = Matmul.AUTO
         self._cache: _WeightCache | None = None
         if self.use_q_ema:
             self._register_ema()
+
+    @property
+    def matmul(self) -> Matmul:
+        """Arithmetic of the matmuls under bf16: speed, not results. `set_matmul` sets it for a model."""
+        return self._matmul
+
+    @matmul.setter
+    def matmul(self, matmul: Matmul | str) -> None:
+        self._matmul = Matmul(matmul)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: Recipe) -> QuantLinear:
@@ -348,7 +356,7 @@ class QuantLinear(nn.Linear):
             raise TypeError(f"QuantLinear needs a floating-point tensor, got {x.dtype}")
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the last axis must have {self.in_features} channels, got {tuple(x.shape)}")
-        fp8 = self.matmul is Matmul.FP8 or (self.matmul is Matmul.AUTO and has_fp8(x.device))
+        fp8 = self._matmul is Matmul.FP8 or (self._matmul is Matmul.AUTO and has_fp8(x.device))
         lost = lost_counters(x.device) if fp8 else (None, None)
         trains = x.requires_grad or self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         # A compiled graph quantizes the weight as a part of itself.
@@ -413,7 +421,7 @@ def swap_linears(model: nn.Module, recipe: Recipe, names: Sequence[str] = BLOCK_
 def set_matmul(model: nn.Module, matmul: Matmul | str) -> None:
     """Choose the arithmetic of every quantized linear of `model`."""
     for layer in quant_linears(model).values():
-        layer.matmul = Matmul(matmul)
+        layer.matmul = matmul
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class LostGroups(NamedTuple):
     forward: Tensor
     """int64 [1], added to in place."""
     backward: Tensor
-    """fp32 [1], whose gradient is the count: in a compiled graph a backward pass can return numbers but not keep them."""
+    """fp32 [1], whose gradient is the count: a backward pass in a compiled graph may return numbers, not keep them."""
 
 
 _LOST: dict[torch.device, LostGroups] = {}

@@ -113,19 +113,17 @@ def test_fp8_values(element, scaling, rounding, fp8, randn, device, assert_same_
     assert results[0].values_RL.shape == (37, 80) and counts[0] == counts[1] > 0
 
 
-@ELEMENTS
-@pytest.mark.parametrize("rounding", [Rounding.NEAREST, Rounding.STOCHASTIC])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("fp8", [None, *Fp8])
-def test_both_ways(element, rounding, packed, fp8, randn, device, assert_same_bits):
-    """Rows and columns of one matrix, dense or packed, with the sums of its columns."""
-    for rows, columns in ((33, 70), (64, 300)):
-        x = (randn(rows, columns) * torch.exp2(4 * randn(rows, 1))).bfloat16()
+@pytest.fixture
+def compare_both_ways(randn, device, assert_same_bits):
+    """`quantize_both` of one matrix, dense or packed, by both backends: rows, columns, sums, counts."""
+
+    def check(shape, element, rounding, packed, fp8):
+        x = (randn(*shape) * torch.exp2(4 * randn(shape[0], 1))).bfloat16()
         x[:, 3] = 0
         q = Quantizer(element=element, scaling=Scaling.FLOOR if packed else Scaling.TRUNCATION_FREE, rounding=rounding)
         first = Quantizer()
         codes, scales = reference.quantize(x, first.element, first.scaling, first.rounding)[1:3]
-        source = Packed(codes, scales, columns, first) if packed else x
+        source = Packed(codes, scales, shape[1], first) if packed else x
         keys = tuple(torch.tensor([3, 4], device=device).split(1))
         results, counts = [], []
         for backend in (kernels, reference):
@@ -141,10 +139,34 @@ def test_both_ways(element, rounding, packed, fp8, randn, device, assert_same_bi
                 assert_same_bits(got.scale, expected.scale)
         assert counts[0] == counts[1]
         if not packed:
-            assert torch.allclose(results[0][2], x.double().sum(0).float(), rtol=1e-5, atol=1e-4 * x.abs().max())
-        alone = kernels.quantize_both(source, None, q, keys=keys, **options)
-        assert alone[0] is None
-        assert_same_bits(alone[1].values_RL.float(), results[0][1].values_RL.float())
+            wanted = x.double().sum(0)
+            assert ((results[0][2] - wanted).abs() <= 1e-6 * x.double().abs().sum(0)).all()
+
+    return check
+
+
+@ELEMENTS
+@pytest.mark.parametrize("rounding", [Rounding.NEAREST, Rounding.STOCHASTIC])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("fp8", [None, *Fp8])
+def test_both_ways(element, rounding, packed, fp8, device, compare_both_ways):
+    compare_both_ways((33, 70), element, rounding, packed, fp8)
+    if device.type == "cuda":
+        compare_both_ways((1000, 3000), element, rounding, packed, fp8)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_both_ways_in_several_tiles(packed, compare_both_ways):
+    compare_both_ways((34, 290), Element.E2M1, Rounding.STOCHASTIC, packed, Fp8.E5M2)
+
+
+def test_both_ways_of_an_empty_matrix(device):
+    q = Quantizer()
+    for shape in ((0, 40), (4, 0)):
+        x = torch.empty(shape, device=device)
+        rows, columns, total = kernels.quantize_both(x, q, q, dtype=torch.bfloat16, with_sum=True)
+        assert rows.values_RL.shape == shape and columns.values_RL.shape == shape[::-1]
+        assert torch.equal(total, torch.zeros(shape[1], device=device))
 
 
 @pytest.mark.parametrize("active", [False, True])

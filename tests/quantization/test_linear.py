@@ -20,8 +20,11 @@ from quantization import (
     Scaling,
     quant_linears,
     quantize_mx,
+    reference,
     swap_linears,
+    weights_quantized_once,
 )
+from quantization import linear as linear_module
 
 OFF = Quantizer(enabled=False)
 ALL_NEAREST = Recipe(*[Quantizer()] * 6)
@@ -332,6 +335,72 @@ class TestModule:
         with pytest.raises(ValueError, match="no linear layer named attn.q"):
             swap_linears(model, Recipe(), names=("attn.q",))
         assert swap_linears(nn.Linear(2, 2), RECIPES["none"]).__class__ is nn.Linear
+
+
+class TestWeightsQuantizedOnce:
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        """How often a weight of 45 rows was quantized."""
+        seen = []
+        original = reference.quantize
+
+        def counted(x_RL, *args, **options):
+            if x_RL.shape == (45, 70):
+                seen.append(1)
+            return original(x_RL, *args, **options)
+
+        monkeypatch.setattr(reference, "quantize", counted)
+        monkeypatch.setattr(linear_module, "backend_for", lambda *args: reference)
+        return seen
+
+    def test_within_the_block_only_changes_are_quantized(self, calls, problem, device):
+        x, dy = problem
+        layer = make(Recipe().with_q_ema(0.5), device)
+        layer(x), layer(x)
+        assert len(calls) == 2
+        with weights_quantized_once(layer):
+            draws = [torch.autograd.grad(layer(x), x, dy)[0] for _ in range(3)]
+            assert len(calls) == 3  # the micro-batches share Q2(W),
+            assert not torch.equal(draws[0], draws[1])  # and draw Q4 afresh
+        layer(x)
+        assert len(calls) == 4
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda layer: layer.weight.mul_(2),
+            lambda layer: layer.load_state_dict({k: 2 * v for k, v in layer.state_dict().items()}),
+            lambda layer: setattr(layer, "weight", nn.Parameter(2 * layer.weight)),
+            lambda layer: layer.weight.set_(2 * layer.weight),
+            lambda layer: torch.optim.SGD([layer.weight], lr=1.0).step(),
+            lambda layer: (layer.weight_ema.add_(0.2), layer.ema_updates.fill_(10)),
+            lambda layer: QEma(layer).update(),
+            lambda layer: setattr(layer, "use_q_ema", False),
+            lambda layer: setattr(layer, "recipe", Recipe(q2=OFF)),
+        ],
+        ids=["in place", "load", "replaced", "set_", "optimizer", "average", "Q-EMA", "plain", "recipe"],
+    )
+    def test_a_stale_weight_is_impossible(self, change, problem, device):
+        x, dy = problem
+        layer = make(Recipe().with_q_ema(0.5), device)
+        layer.ema_updates.fill_(10)
+        layer.weight_ema.add_(0.05)
+        with weights_quantized_once(layer):
+            layer(x).backward(dy)
+            with torch.no_grad():
+                change(layer)
+            inside = layer(x)
+        assert torch.equal(inside, layer(x))
+
+    def test_evaluation_and_training_do_not_mix(self, calls, problem, device):
+        x, dy = problem
+        layer = make(Recipe(), device)
+        with weights_quantized_once(layer):
+            with torch.no_grad():
+                y = layer(x)
+            assert torch.equal(layer(x), y)
+            layer(x).backward(dy)
+        assert len(calls) == 2 and layer.weight.grad is not None
 
 
 class TestQEma:

@@ -20,7 +20,9 @@ from quantization import (
     quantize_mx,
     update_periods,
 )
+from quantization.adamw import Scalars, Update
 from quantization.oscillation import PathLengths
+from quantization.ramping import step_parameter
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -332,3 +334,29 @@ def test_plain_rounding_is_for_the_block_only(device):
     with plain_rounding(net):
         assert not net.fc1.use_q_ema
     assert net.fc1.use_q_ema
+
+
+def random_update(randn, shape, ramped: bool) -> Update:
+    tensors = [randn(*shape), randn(*shape), 0.1 * randn(*shape), randn(*shape).square()]
+    tensors[1].view(-1)[3] = torch.nan
+    ramping = [None] * 3
+    if ramped:
+        ramping = [(4 * randn(*shape)).abs().ceil() + 1, randn(*shape), (3 * randn(*shape)).abs().floor()]
+    scalars = Scalars(0.999, 0.1, 0.99, 0.01, 0.3, 1e-8, -1e-3)
+    return Update(*tensors, *ramping, scalars)
+
+
+def test_kernel_steps_like_pytorch_bit_for_bit(randn, assert_same_bits):
+    """Parameters with and without periods, of more than one chunk, with a NaN in the gradient, in one launch."""
+    adamw_kernel = pytest.importorskip("quantization.adamw_kernel", exc_type=ImportError)
+    shapes = (((70, 45), True), ((100,), False), ((5000,), True))
+    updates = [random_update(randn, shape, ramped) for shape, ramped in shapes]
+    expected = [Update(*(t.clone() if isinstance(t, torch.Tensor) else t for t in update)) for update in updates]
+    for _ in range(4):
+        adamw_kernel.step(updates)
+        for update in expected:
+            step_parameter(update)
+    for got, want in zip(updates, expected):
+        for name, a, b in zip(Update._fields[:7], got, want):
+            if b is not None:
+                assert_same_bits(a, b, name)

@@ -1,0 +1,82 @@
+"""What both benchmarks share: timing, the environment of a measurement, one CSV row a number."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    import timm
+
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "none"
+    return {
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "timm": timm.__version__,
+        "commit": git.stdout.strip() or "unknown",
+    }
+
+
+def timed(call: Callable[[], object], device: torch.device, warm_up: int, repeats: int, behind: float = 0.0) -> list:
+    """Milliseconds of every repeat, sorted.
+
+    `behind` seconds of other work are queued on a GPU first, so that short calls are not timed by how fast Python
+    launches them.
+    """
+    for _ in range(warm_up):
+        call()
+    if device.type != "cuda":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            times.append(1000 * (time.perf_counter() - start))
+        return sorted(times)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda.synchronize()
+    if behind:
+        torch.cuda._sleep(int(behind * 1.7e9))  # clock cycles
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+        if not behind:
+            torch.cuda.synchronize()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in events)
+
+
+def median_and_percentiles(times: list[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    low, *_, high = statistics.quantiles(times, n=5, method="inclusive")
+    return statistics.median(times), low, high
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,58 @@
+"""torch.compile: one graph, the numbers of eager mode, parameters under their own names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import timm
+from quantization import QuantLinear, Recipe, set_matmul
+
+
+class Mlp(nn.Module):
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = QuantLinear(40, 64, recipe=recipe), nn.GELU(), QuantLinear(64, 40, recipe=recipe)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.fc2(self.act(self.fc1(x)))
+
+
+@pytest.mark.parametrize("matmul", ["bf16", "fp8"])
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe().with_q_ema()], ids=["tetrajet", "q-ema"])
+def test_compiled_layers_draw_the_same_bits(recipe, matmul, randn, device):
+    """`aot_eager` runs the very graph that the compiler gets, operation by operation, so equality is exact."""
+    torch.manual_seed(0)
+    model = Mlp(recipe).to(device)
+    set_matmul(model, matmul)
+    x, names, results = randn(33, 40), list(model.state_dict()), []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        if compiled:
+            model.compile(backend="aot_eager", fullgraph=True)
+        torch.manual_seed(3)
+        outputs = []
+        for _ in range(2):  # each pass with keys of its own
+            model.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16):
+                y = model(x)
+            y.float().square().mean().backward()
+            outputs += [y, *(p.grad for p in model.parameters())]
+        results.append(outputs)
+    for eager, graph in zip(*results):
+        assert torch.allclose(eager.float(), graph.float(), rtol=2**-7, atol=1e-6)
+    assert torch.equal(results[0][0], results[1][0])
+    assert not torch.equal(results[1][1], results[1][6])
+    assert list(model.state_dict()) == names
+
+
+def test_a_block_is_one_graph(device):
+    """No graph break in a transformer block, in training and in evaluation."""
+    torch._dynamo.reset()
+    model = timm.create_model("deit_micro_patch4_32", quant=Recipe()).to(device)
+    block = model.blocks[0]
+    x = torch.randn(2, 65, 128, device=device)
+    for mode in (True, False):
+        explanation = torch._dynamo.explain(block.train(mode))(x)
+        assert explanation.graph_count == 1 and explanation.graph_break_count == 0

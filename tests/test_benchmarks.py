@@ -1,0 +1,44 @@
+"""The benchmarks run, check and write what they say; on a CPU their times mean nothing."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, BENCHMARKS / script, *arguments], capture_output=True, text=True)
+
+
+def test_train_step_on_a_cpu(tmp_path):
+    variants = ["bf16", "TetraJet", "TetraJet, reference", "TetraJet + Q-EMA", "TetraJet + Q-Ramping"]
+    small = ["--models", "deit_micro_patch4_32", "--batch-size", "2", "--steps", "1", "--device", "cpu"]
+    result = run("train_step.py", *small, "--variants", *variants, "--csv", str(tmp_path / "new" / "step.csv"))
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader(open(tmp_path / "new" / "step.csv")))
+    assert [row["variant"] for row in rows] == variants
+    assert all(float(row["ms"]) > 0 and row["torch"] == torch.__version__ for row in rows)
+    assert all(f"| {variant} |" in result.stdout for variant in variants)
+
+
+def test_kernels_on_a_cpu(tmp_path):
+    small = ["--tokens", "64", "--width", "32", "--repeats", "1", "--device", "cpu"]
+    result = run("kernels.py", *small, "--csv", str(tmp_path / "kernels.csv"))
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader(open(tmp_path / "kernels.csv")))
+    assert len(rows) == 8 + 2 * 12 and all(float(row["us"]) > 0 for row in rows)
+    assert "| all of a block |" in result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", ["train_step.py", "kernels.py"])
+def test_without_a_gpu_one_line(script):
+    result = run(script)
+    assert result.returncode == 2 and result.stderr == f"{script}: error: timing needs a GPU, PyTorch finds none\n"
