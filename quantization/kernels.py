@@ -118,6 +118,15 @@ def _larger(a, b):
 
 
 @triton.jit
+def _largest_bits(magnitude, AXIS: tl.constexpr):
+    """Bits of the largest of some magnitudes; those of Inf, or more, if there is an Inf or NaN among them."""
+    if _INTERPRETED:  # which knows the maximum of integers, and runs any other reduction element by element
+        return tl.max(magnitude.to(tl.int32, bitcast=True), axis=AXIS)
+    else:
+        return tl.reduce(magnitude, AXIS, _larger).to(tl.int32, bitcast=True) & _MAGNITUDE_MASK
+
+
+@triton.jit
 def _largest_finite(bits):
     """Bits of the largest finite magnitude in a tile of fp32 bits; 0 if there is none."""
     magnitude_bits = tl.ravel(bits & _MAGNITUDE_MASK)
@@ -312,7 +321,7 @@ def _quantize_kernel(
     bits = x.to(tl.int32, bitcast=True)
     magnitude = tl.abs(x)
 
-    largest_bits = tl.reduce(magnitude, 2, _larger).to(tl.int32, bitcast=True) & _MAGNITUDE_MASK
+    largest_bits = _largest_bits(magnitude, 2)
     broken = largest_bits >= _EXPONENT_MASK
     if ROUNDING == _EMA:
         ema_ptrs = ema_ptr + r[:, None] * ema_stride_r + col[None, :] * ema_stride_l
@@ -492,7 +501,7 @@ def _quantize_along_kernel(
     if not BY_COLUMN:
         x = x.reshape(_GROUP, BLOCK_G, _GROUP)
     magnitude = tl.abs(x)
-    largest_bits = tl.reduce(magnitude, AXIS, _larger).to(tl.int32, bitcast=True) & _MAGNITUDE_MASK
+    largest_bits = _largest_bits(magnitude, AXIS)
     broken = largest_bits >= _EXPONENT_MASK
     scale_byte = _scale_byte(largest_bits, MAX_EXPONENT, MAX_MANTISSA, TRUNCATION_FREE)
     y = magnitude * tl.expand_dims(_inverse_scale_of(scale_byte), AXIS)
