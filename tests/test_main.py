@@ -17,7 +17,7 @@ from PIL import Image
 
 import checkpoint
 import timm
-from main import build_parser, main, parse_args
+from main import build_parser, main, parse_args, table_row
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ["--quant", "mxfp4", "--epochs", "2", "--batch-size", "360", "--device", "cpu", "--warmup-epochs", "0"]
@@ -204,6 +204,11 @@ MISTAKES = {
     "q-ema alone": (["--q-ema"], r"--q-ema rounds quantized weights, got --quant none"),
     "q-ramping alone": (["--q-ramping"], r"--q-ramping needs quantized weights, got --quant none"),
     "beta alone": (["--quant", "mxfp4", "--q-ema-beta", "0.9"], r"--q-ema-beta 0.9 has no effect without --q-ema"),
+    "matmul alone": (["--matmul", "bf16"], r"--matmul bf16 multiplies quantized operands, got --quant none; add"),
+    "fp8 on a cpu": (
+        ["--quant", "mxfp4", "--matmul", "fp8", "--device", "cpu"],
+        r"--matmul fp8 needs a GPU with FP8 tensor cores \(compute capability 8.9 or later\), got cpu; use auto or bf16",
+    ),
     "k2 alone": (["--quant", "mxfp4", "--q-ramping-k2", "4"], r"--q-ramping-k2 4 has no effect without --q-ramping"),
     "odd mixup": (["--mixup", "0.8", "--batch-size", "7"], r"--batch-size must be even, got 7"),
     "teacher": (["--distillation-type", "soft"], r"needs --teacher-model and --teacher-path"),
@@ -336,6 +341,34 @@ class TestMistakes:
         assert main([*TINY, "--lr", "1e30", "--epochs", "3", "--output-dir", "out"]) == 1
         error = capsys.readouterr().err.strip()
         assert re.search(r"diverged: .* not finite at epoch \d, step \d, learning rate [\d.e+]+; lower --lr", error)
+
+
+def test_a_compiled_run_is_a_run_like_any_other(monkeypatch, capsys):
+    """The graph without the code generator, which takes minutes: same keys, same numbers, resumable uncompiled."""
+    compile_module = torch.nn.Module.compile
+    compiled = []
+
+    def without_code_generator(module):
+        compiled.append(module)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_code_generator)
+    options = [*TINY, "--epochs", "1"]
+    assert main([*options, "--output-dir", "eager"]) == main([*options, "--compile", "--output-dir", "graph"]) == 0
+    assert len(compiled) == 1
+    eager, graph = (torch.load(f"{name}/checkpoint.pth", weights_only=True)["model"] for name in ("eager", "graph"))
+    assert eager.keys() == graph.keys()
+    for name, value in eager.items():
+        assert torch.allclose(value, graph[name], rtol=1e-3, atol=1e-4), name
+    assert main([*options, "--resume", "graph/checkpoint.pth"]) == 0
+    assert "has all its 1 epochs done" in capsys.readouterr().out
+
+
+def test_lost_groups_are_logged(capsys):
+    assert main([*TINY, "--epochs", "1", "--output-dir", "out"]) == 0
+    assert json.loads(Path("out/log.txt").read_text().splitlines()[0])["lost_groups"] == 0
+    row = {"epoch": 0, "train_loss": 1, "test_loss": 1, "test_acc1": 1, "test_acc5": 1, "img_per_s": 1, "lr": 1}
+    assert table_row(row | {"lost_groups": 1234}, 1).endswith("1,234 groups out of FP8's range became zero")
 
 
 def test_options_are_these():
