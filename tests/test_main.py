@@ -207,7 +207,7 @@ MISTAKES = {
     "matmul alone": (["--matmul", "bf16"], r"--matmul bf16 multiplies quantized operands, got --quant none; add"),
     "fp8 on a cpu": (
         ["--quant", "mxfp4", "--matmul", "fp8", "--device", "cpu"],
-        r"--matmul fp8 needs a GPU with FP8 tensor cores \(compute capability 8.9 or later\), got cpu; use auto or bf16",
+        r"--matmul fp8 needs a GPU with FP8 tensor cores \(compute capability 8.9 .*\), got cpu; use auto or bf16",
     ),
     "k2 alone": (["--quant", "mxfp4", "--q-ramping-k2", "4"], r"--q-ramping-k2 4 has no effect without --q-ramping"),
     "odd mixup": (["--mixup", "0.8", "--batch-size", "7"], r"--batch-size must be even, got 7"),
