@@ -10,6 +10,8 @@ a matrix that is quantized along both axes.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -58,7 +60,7 @@ _K0, _K1 = tl.constexpr(KEY_INCREMENTS[0]), tl.constexpr(KEY_INCREMENTS[1])
 _ROUNDS = tl.constexpr(ROUNDS)
 _WORD_MASK = tl.constexpr(WORD_MASK)
 _RANDOM_BITS = tl.constexpr(RANDOM_BITS)
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _ONE, _TWO = tl.constexpr(1), tl.constexpr(2.0)  # what stands to the left of a constexpr must be one
 
 _FIRST_AXIS_FASTEST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
