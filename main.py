@@ -177,7 +177,9 @@ def build_parser() -> Parser:
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile the model; the first steps take minutes")
+    group.add_argument(
+        "--compile", action="store_true", help="torch.compile the model, on a GPU; the first step takes minutes"
+    )
     group.add_argument("--output-dir", type=Path, metavar="DIR", help="default: runs/TIME-MODEL-QUANT")
     group.add_argument(
         "--resume", metavar="PATH", help="go on from this checkpoint; auto: the last one in --output-dir"
@@ -500,6 +502,8 @@ def describe(
     fp8 = device.type == "cuda" and args.matmul != "bf16" and has_fp8(device)
     arithmetic = ("fp8" if fp8 else "bf16") if device.type == "cuda" else "fp32"
     say(f"recipe  {recipe}" + (f", multiplied in {arithmetic}" if args.quant != "none" else ""))
+    if args.compile and device.type == "cpu":
+        say("note    --compile is for GPUs; on a CPU it takes minutes and gains nothing")
     if args.q_ema and args.q_ramping:
         say("note    the paper does not study Q-EMA and Q-Ramping together (C.4); detection measures plain rounding")
     say(
