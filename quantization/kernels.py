@@ -63,9 +63,9 @@ _RANDOM_BITS = tl.constexpr(RANDOM_BITS)
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _ONE, _TWO = tl.constexpr(1), tl.constexpr(2.0)  # what stands to the left of a constexpr must be one
 
+# Which axis of a tile neighbouring threads run along where neither is contiguous; see `_quantize_along_kernel`.
 _FIRST_AXIS_FASTEST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 
-_NEAREST = tl.constexpr(0)
 _STOCHASTIC = tl.constexpr(1)
 _EMA = tl.constexpr(2)
 _ROUNDING_INDEX = {Rounding.NEAREST: 0, Rounding.STOCHASTIC: 1, Rounding.EMA: 2}
@@ -231,7 +231,7 @@ def _round_nearest(y, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
 
 @triton.jit
 def _saturate(code, value, MAX_EXPONENT: tl.constexpr, MAX_MANTISSA: tl.constexpr):
-    QP: tl.constexpr = (MAX_MANTISSA / 8388608.0 + 1.0) * _TWO**MAX_EXPONENT
+    QP: tl.constexpr = (MAX_MANTISSA / _TWO**_MANTISSA_BITS + 1.0) * _TWO**MAX_EXPONENT
     return tl.minimum(code, _MAX_CODE), tl.minimum(value, QP)
 
 

@@ -99,13 +99,14 @@ class RampingAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates = list(self._updates())
-        together = [update for update in updates if _kernel is not None and _kernel.fits(update)]
-        for device in {update.parameter.device for update in together}:
-            _kernel.step([update for update in together if update.parameter.device == device])
-        for update in updates:
-            if _kernel is None or not _kernel.fits(update):
+        together: dict[torch.device, list[Update]] = {}
+        for update in self._updates():
+            if _kernel is not None and _kernel.fits(update):
+                together.setdefault(update.parameter.device, []).append(update)
+            else:
                 step_parameter(update)
+        for updates in together.values():
+            _kernel.step(updates)
         return loss
 
     def _updates(self) -> Iterator[Update]:
