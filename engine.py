@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
+from cuda_graph import CudaGraph
 from errors import NonFiniteLoss
 from losses import DistillationLoss
-from quantization import weights_quantized_once
+from quantization import quant_linears, weights_quantized_once
 
 CHECK_EVERY = 10  # steps between two looks at the loss; on a GPU each look waits for the device
 Batch = tuple[Tensor, Tensor]
@@ -31,6 +32,20 @@ class TrainStep:
     optimizer: torch.optim.Optimizer
     device: torch.device
     mixup: Mixup | None = None
+    cuda_graph: bool = False
+    """Replay forward and backward pass as one CUDA graph: for one process on a GPU."""
+
+    def __post_init__(self) -> None:
+        self._passes = self._forward_and_backward
+        if self.cuda_graph:
+            tensors = [*self.model.parameters(), *self.model.buffers()]
+            layers = list(quant_linears(self.model).values())
+
+            def state() -> tuple:
+                modes = self.model.training, *(layer.use_q_ema for layer in layers)
+                return *modes, *(tensor.data_ptr() for tensor in tensors)
+
+            self._passes = CudaGraph(self._forward_and_backward, self.model.parameters(), state)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the loss and the number of right answers, as tensors on the device."""
@@ -38,6 +53,12 @@ class TrainStep:
         targets = labels
         if self.mixup is not None:
             images, targets = self.mixup(images, labels)
+        loss, logits = self._passes(images, targets)
+        self.optimizer.step()
+        wanted = targets.argmax(dim=1) if targets.ndim == 2 else targets
+        return loss, (logits.argmax(dim=1) == wanted).sum()
+
+    def _forward_and_backward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(self.device):
             outputs = self.model(images)
             if isinstance(self.criterion, DistillationLoss):
@@ -46,10 +67,8 @@ class TrainStep:
                 loss = self.criterion(outputs, targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self.optimizer.step()
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
-        wanted = targets.argmax(dim=1) if targets.ndim == 2 else targets
-        return loss.detach(), (logits.detach().argmax(dim=1) == wanted).sum()
+        return loss.detach(), logits.detach()
 
 
 def autocast(device: torch.device) -> torch.autocast:

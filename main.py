@@ -180,6 +180,9 @@ def build_parser() -> Parser:
     group.add_argument(
         "--compile", action="store_true", help="torch.compile the model, on a GPU; the first step takes minutes"
     )
+    group.add_argument(
+        "--cuda-graph", action="store_true", help="replay each step's forward and backward pass; one process on a GPU"
+    )
     group.add_argument("--output-dir", type=Path, metavar="DIR", help="default: runs/TIME-MODEL-QUANT")
     group.add_argument(
         "--resume", metavar="PATH", help="go on from this checkpoint; auto: the last one in --output-dir"
@@ -223,6 +226,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--device cuda needs a GPU that PyTorch can use, found none; use --device cpu or auto")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.cuda_graph and args.device == "cpu":
+        raise UserError("--cuda-graph needs a GPU, got --device cpu; drop one of them")
+    if args.cuda_graph and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"--cuda-graph is for one process, got {os.environ['WORLD_SIZE']} by torchrun; drop it")
     if args.matmul != "auto" and args.quant == "none":
         raise UserError(f"--matmul {args.matmul} multiplies quantized operands, got --quant none; add --quant mxfp4")
     if args.matmul == "fp8" and not has_fp8(torch.device(args.device)):
@@ -440,7 +447,7 @@ def train(
     mixup = None
     if args.mixup + args.cutmix > 0:
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=loaders.num_classes)
-    step = TrainStep(parallel, criterion, optimizer, device, mixup)
+    step = TrainStep(parallel, criterion, optimizer, device, mixup, args.cuda_graph)
     ramping = None
     if args.q_ramping:
         k1, k2, steps = args.q_ramping_k1, args.q_ramping_k2, args.q_ramping_steps

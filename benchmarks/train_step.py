@@ -11,11 +11,13 @@ runs with any wait for the host an error.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from common import append_rows, environment, median_and_percentiles, timed
 from torch import nn
 
 import timm
+from engine import TrainStep
 from quantization import QEma, Quantizer, RampingAdamW, Recipe, has_fp8, linear, quant_linears, reference, set_matmul
 from quantization.formats import Fp8
 from quantization.matmul import multiply
@@ -43,6 +46,8 @@ class Variant:
     recipe: Recipe | None = None
     ramping: bool = False
     compiled: bool = False
+    graph: bool = False
+    """Forward and backward pass replayed as a CUDA graph; as usual on a CPU."""
     matmul: str = "auto"
     reference: bool = False
     """The specification itself, in place of the kernels."""
@@ -51,14 +56,15 @@ class Variant:
 VARIANTS = {
     "bf16": Variant(),
     "bf16, compiled": Variant(compiled=True),
+    "bf16, compiled, graph": Variant(compiled=True, graph=True),
     "TetraJet, reference": Variant(Recipe(), matmul="bf16", reference=True),
     "TetraJet, bf16 matmuls": Variant(Recipe(), matmul="bf16"),
     "TetraJet": Variant(Recipe()),
-    "TetraJet + Q-EMA": Variant(Recipe().with_q_ema()),
-    "TetraJet + Q-Ramping": Variant(Recipe(), ramping=True),
+    "TetraJet, graph": Variant(Recipe(), graph=True),
+    "TetraJet + Q-EMA, graph": Variant(Recipe().with_q_ema(), graph=True),
+    "TetraJet + Q-Ramping, graph": Variant(Recipe(), ramping=True, graph=True),
     "TetraJet, compiled": Variant(Recipe(), compiled=True),
-    "TetraJet + Q-EMA, compiled": Variant(Recipe().with_q_ema(), compiled=True),
-    "TetraJet + Q-Ramping, compiled": Variant(Recipe(), ramping=True, compiled=True),
+    "TetraJet, compiled, graph": Variant(Recipe(), compiled=True, graph=True),
 }
 BASELINE = "bf16, compiled"
 
@@ -110,18 +116,14 @@ def training_step(model: nn.Module, batch_size: int, variant: Variant, device: t
     size = model.patch_embed.img_size
     images = torch.randn(4, batch_size, 3, *size, device=device)
     labels = torch.randint(0, model.num_classes, (4, batch_size), device=device)
-    count = 0
+    batches = cycle(zip(images, labels))
+    graph = variant.graph and device.type == "cuda"
+    train = TrainStep(model, F.cross_entropy, optimizer, device, cuda_graph=graph)
 
     def step() -> None:
-        nonlocal count
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = F.cross_entropy(model(images[count % 4]), labels[count % 4])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        train(next(batches))
         if q_ema is not None:
             q_ema.update()
-        count += 1
 
     return step
 
@@ -129,6 +131,7 @@ def training_step(model: nn.Module, batch_size: int, variant: Variant, device: t
 def measure(name: str, batch_size: int, variant: Variant, device: torch.device, steps: int) -> tuple[list, float]:
     """Milliseconds of the timed steps, and the peak of allocated memory in GiB."""
     torch._dynamo.reset()
+    gc.collect()  # models refer to themselves in circles
     torch.manual_seed(0)
     model = timm.create_model(name, quant=variant.recipe, drop_path_rate=0.1).to(device)
     set_matmul(model, variant.matmul)
@@ -136,6 +139,10 @@ def measure(name: str, batch_size: int, variant: Variant, device: torch.device, 
         model.compile()
     step = training_step(model, batch_size, variant, device)
     with by_reference(variant.reference):
+        step()
+        if device.type == "cuda":  # from here on: recording a graph takes memory once, replaying it none
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         for _ in range(min(steps, 8)):
             step()
         if device.type != "cuda":
@@ -145,7 +152,6 @@ def measure(name: str, batch_size: int, variant: Variant, device: torch.device, 
             torch.cuda.set_sync_debug_mode("error")
             step()
             torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.reset_peak_memory_stats()
         return timed(step, device, 0, steps), torch.cuda.max_memory_allocated() / 2**30
 
 

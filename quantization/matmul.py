@@ -57,6 +57,8 @@ def lost_counters(device: torch.device) -> LostGroups:
     if device not in _LOST:
         counters = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device, requires_grad=True)
         _LOST[device] = LostGroups(*counters)
+        # A gradient that exists is added to in place, also by the replays of a CUDA graph.
+        _LOST[device].backward.grad = torch.zeros(1, device=device)
     return _LOST[device]
 
 
@@ -66,11 +68,9 @@ def take_lost_groups(device: torch.device) -> Tensor:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     forward, backward = lost_counters(device)
-    count = forward.clone()
-    if backward.grad is not None:
-        count += backward.grad.to(torch.int64)
-        backward.grad = None
+    count = forward + backward.grad.to(torch.int64)
     forward.zero_()
+    backward.grad.zero_()
     return count
 
 

@@ -18,7 +18,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_train_step_on_a_cpu(tmp_path):
-    variants = ["bf16", "TetraJet", "TetraJet, reference", "TetraJet + Q-EMA", "TetraJet + Q-Ramping"]
+    variants = ["bf16", "TetraJet", "TetraJet, reference", "TetraJet + Q-EMA, graph", "TetraJet + Q-Ramping, graph"]
     small = ["--models", "deit_micro_patch4_32", "--batch-size", "2", "--steps", "1", "--device", "cpu"]
     result = run("train_step.py", *small, "--variants", *variants, "--csv", str(tmp_path / "new" / "step.csv"))
     assert result.returncode == 0, result.stderr

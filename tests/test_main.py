@@ -209,6 +209,7 @@ MISTAKES = {
         ["--quant", "mxfp4", "--matmul", "fp8", "--device", "cpu"],
         r"--matmul fp8 needs a GPU with FP8 tensor cores \(compute capability 8.9 .*\), got cpu; use auto or bf16",
     ),
+    "graph on a cpu": (["--cuda-graph", "--device", "cpu"], r"--cuda-graph needs a GPU, got --device cpu"),
     "k2 alone": (["--quant", "mxfp4", "--q-ramping-k2", "4"], r"--q-ramping-k2 4 has no effect without --q-ramping"),
     "odd mixup": (["--mixup", "0.8", "--batch-size", "7"], r"--batch-size must be even, got 7"),
     "teacher": (["--distillation-type", "soft"], r"needs --teacher-model and --teacher-path"),
@@ -380,7 +381,7 @@ def test_options_are_these():
         --repeats --aa --color-jitter --reprob --mixup --cutmix --epochs --batch-size --lr --min-lr --warmup-lr
         --warmup-epochs --weight-decay --smoothing --model-ema-decay --seed --distillation-type --distillation-alpha
         --distillation-tau --teacher-model --teacher-path --device --output-dir --resume --eval
-        --matmul --compile""".split()
+        --matmul --compile --cuda-graph""".split()
     )
 
 
