@@ -69,6 +69,6 @@ class CudaGraph:
         pool = next(iter(self._recordings.values())).graph.pool() if self._recordings else None
         graph = torch.cuda.CUDAGraph()
         inputs = tuple(tensor.clone() for tensor in inputs)
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = self._work(*inputs)
         return _Recording(graph, inputs, outputs, [p.grad for p in self._parameters])

@@ -10,8 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision import transforms as T
 
-from datasets import CALIBRATION_ORDER, DataConfig, build_loaders, read_idx, set_epoch
+import datasets
+from datasets import CALIBRATION_ORDER, DataConfig, Light, build_loaders, read_idx, set_epoch
 from errors import UserError
 
 DIGITS = DataConfig(
@@ -153,3 +157,36 @@ def test_evaluation_crops_the_centre_of_large_images_only(tmp_path):
     assert [type(t).__name__ for t in large.val.dataset.dataset.transform.transforms][:2] == ["Resize", "CenterCrop"]
     assert large.val.dataset.dataset.transform.transforms[0].size == 256
     assert next(iter(large.val))[0].shape == (1, 3, 224, 224)
+
+
+def test_a_batch_is_shifted_flipped_and_normalized_as_torchvision_does():
+    generator = np.random.default_rng(0)
+    images = torch.from_numpy(generator.integers(0, 256, (64, 32, 32), dtype=np.uint8))
+    torch.manual_seed(0)
+    got = Light(padding=4, flip=0.5)(images)
+    torch.manual_seed(0)
+    down, right = torch.randint(9, (2, 64)).tolist()
+    flips = torch.rand(64, 1, 1).flatten() < 0.5
+    normalize = T.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    for i, image in enumerate(images):
+        picture = T.functional.pad(Image.fromarray(image.numpy()).convert("RGB"), 4)
+        picture = T.functional.crop(picture, down[i], right[i], 32, 32)
+        picture = T.functional.hflip(picture) if flips[i] else picture
+        assert torch.equal(got[i], normalize(T.functional.to_tensor(picture)))
+    assert len(set(down)) == 9 and flips.any() and not flips.all()
+
+
+@pytest.mark.parametrize("change", [{"aa": "rand-m9"}, {"reprob": 0.5}, {"color_jitter": 0.3}, {"input_size": 16}])
+def test_whatever_else_an_image_goes_through_goes_one_by_one(change):
+    loaders = build_loaders(replace(DIGITS, **change))
+    assert loaders.train.dataset.light is None
+    images, labels = next(iter(loaders.train))
+    size = change.get("input_size", 8)
+    assert images.shape == (100, 3, size, size) and labels.dtype == torch.int64
+
+
+def test_fractals_are_a_data_set_of_their_own(monkeypatch):
+    monkeypatch.setitem(datasets.DATA_SETS, "FRACTAL", replace(datasets.DATA_SETS["FRACTAL"], num_classes=5))
+    loaders = build_loaders(replace(DIGITS, name="FRACTAL", input_size=32))
+    assert (len(loaders.train.dataset), len(loaders.val.dataset), loaders.num_classes) == (300, 50, 5)
+    assert next(iter(loaders.train))[0].shape == (100, 3, 32, 32)
