@@ -31,6 +31,11 @@ class TrainStep:
     optimizer: torch.optim.Optimizer
     device: torch.device
     mixup: Mixup | None = None
+    clip_grad: float = 0.0
+    """Gradients whose norm, over all parameters together, is larger are scaled down to it; 0 leaves them alone.
+
+    A norm that is not finite leaves no finite gradient but 0, so that `RampingAdamW` lets such a step pass.
+    """
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the loss and the number of right answers, as tensors on the device."""
@@ -46,6 +51,8 @@ class TrainStep:
                 loss = self.criterion(outputs, targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.clip_grad > 0:  # on the device alone, and after the ranks have averaged their gradients
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         self.optimizer.step()
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         wanted = targets.argmax(dim=1) if targets.ndim == 2 else targets
