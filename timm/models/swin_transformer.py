@@ -1,7 +1,7 @@
 """The installed Swin Transformer, whose models (every `swin_*`) take `quant=Recipe`.
 
 `quant` swaps the linears in `SWIN_LINEARS` for `quantization.QuantLinear`: the four of every block, with shifted
-windows or without, and the reduction of every patch merging, which is the one other matmul of the stages with weights.
+windows or without, and the reduction of every patch merging, the one other linear of the stages.
 The patch embedding, norms, attention matmuls, relative position biases and the head are the installed ones.
 """
 
