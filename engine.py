@@ -32,6 +32,11 @@ class TrainStep:
     optimizer: torch.optim.Optimizer
     device: torch.device
     mixup: Mixup | None = None
+    clip_grad: float = 0.0
+    """Gradients whose norm, over all parameters together, is larger are scaled down to it; 0 leaves them alone.
+
+    A norm that is not finite leaves no finite gradient but 0, so that `RampingAdamW` lets such a step pass.
+    """
     cuda_graph: bool = False
     """Replay forward and backward pass as one CUDA graph: for one process on a GPU."""
 
@@ -67,6 +72,8 @@ class TrainStep:
                 loss = self.criterion(outputs, targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.clip_grad > 0:  # on the device alone, and after the ranks have averaged their gradients
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         return loss.detach(), logits.detach()
 

@@ -46,7 +46,8 @@ from quantization import (
 )
 from run_log import RunLog, say
 
-# DeiT's recipe (Touvron et al. 2021, Table 9) over the paper's 90 epochs. A data set may differ: datasets.DATA_SETS.
+# DeiT's recipe (Touvron et al. 2021, Table 9) over the paper's 90 epochs. Models may differ, MODEL_RECIPES, and data
+# sets, datasets.DATA_SETS: the user's options come first, then the data set's, the model's, and these.
 DEFAULTS = {
     "model": "deit_small_patch16_224",
     "input_size": None,  # the model's own
@@ -57,6 +58,7 @@ DEFAULTS = {
     "warmup_lr": 1e-6,
     "warmup_epochs": 5,
     "weight_decay": 0.05,
+    "clip_grad": 0.0,
     "drop_path": 0.1,
     "smoothing": 0.1,
     "mixup": 0.8,
@@ -68,11 +70,19 @@ DEFAULTS = {
     "model_ema_decay": 0.99996,
     "num_workers": 8,
 }
+# What differs by how a model's name begins, a longer beginning later. Swin: Liu et al. 2021, appendix A2.1, and the
+# official config.py, whose learning rates 5e-4, 5e-6 and 5e-7 all scale with the batch over 512: at the paper's 1,024
+# images they are 1e-3, 1e-5 and 1e-6, as above.
+MODEL_RECIPES = {
+    "swin_": {"warmup_epochs": 20, "clip_grad": 5.0, "drop_path": 0.2, "repeats": 1, "model_ema_decay": 0.0},
+    "swin_small_": {"drop_path": 0.3},
+    "swin_base_": {"drop_path": 0.5},
+}
 # A resumed run must train as the first part did, so these must not change; weights can always go to --finetune.
 SAME_ON_RESUME = (
     *("epochs", "batch_size", "lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "model_ema_decay"),
     *("drop_path", "smoothing", "mixup", "cutmix", "aa", "color_jitter", "reprob", "repeats", "data_set", "seed"),
-    *("q_ramping_k1", "q_ramping_k2", "q_ramping_steps"),
+    *("clip_grad", "q_ramping_k1", "q_ramping_k2", "q_ramping_steps"),
     *("distillation_type", "distillation_alpha", "distillation_tau", "teacher_model"),
 )
 Q_EMA_BETA, Q_RAMPING = 0.998, {"q_ramping_k1": 16.0, "q_ramping_k2": 5, "q_ramping_steps": 30}
@@ -110,11 +120,13 @@ def build_parser() -> Parser:
     parser = Parser(prog="main.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 
     def recipe_option(group, flag: str, kind, text: str) -> None:
-        """An option whose default depends on the data set."""
+        """An option whose default depends on the data set and the model."""
         name = flag[2:].replace("-", "_")
-        digits = DATA_SETS["DIGITS"].options.get(name, DEFAULTS[name])
-        default = DEFAULTS[name] if DEFAULTS[name] is not None else "the model's own"
-        group.add_argument(flag, type=kind, help=f"{text} (ImageNet: {default}; DIGITS: {digits})")
+        defaults = {"default": DEFAULTS[name] if DEFAULTS[name] is not None else "the model's own"}
+        others = {f"{beginning}*": options for beginning, options in MODEL_RECIPES.items()}
+        others["DIGITS"] = DATA_SETS["DIGITS"].options
+        defaults |= {where: options[name] for where, options in others.items() if name in options}
+        group.add_argument(flag, type=kind, help=f"{text} ({'; '.join(f'{k}: {v}' for k, v in defaults.items())})")
 
     group = parser.add_argument_group("low precision")
     group.add_argument("--quant", choices=RECIPES, default="none", help="recipe of the block linears (default: none)")
@@ -160,6 +172,7 @@ def build_parser() -> Parser:
     recipe_option(group, "--warmup-lr", amount, "start of the warm-up")
     recipe_option(group, "--warmup-epochs", count, "length of the warm-up")
     recipe_option(group, "--weight-decay", amount, "not on biases, norms, tokens and position embeddings")
+    recipe_option(group, "--clip-grad", amount, "largest norm of all gradients together; 0: any")
     recipe_option(group, "--smoothing", number(float, 0, 1, open_high=True), "label smoothing")
     recipe_option(
         group, "--model-ema-decay", number(float, 0, 1, open_high=True), "moving average of the model; 0: none"
@@ -192,7 +205,10 @@ def build_parser() -> Parser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments with the data set's defaults filled in. Raises UserError for options that contradict one another."""
+    """Arguments with the data set's and the model's defaults filled in.
+
+    Raises UserError for options that contradict one another.
+    """
     args = build_parser().parse_args(argv)
     if args.q_ema and args.quant == "none":
         raise UserError("--q-ema rounds quantized weights, got --quant none; add --quant mxfp4")
@@ -206,7 +222,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if value is not None and not args.q_ramping:
             raise UserError(f"--{name.replace('_', '-')} {value} has no effect without --q-ramping; add it")
         setattr(args, name, default if value is None else value)
-    own = DEFAULTS | DATA_SETS[args.data_set].options
+    data_set = DATA_SETS[args.data_set].options
+    own = model_recipe(args.model or data_set.get("model", DEFAULTS["model"])) | data_set
     if args.model is not None:
         own["input_size"] = None  # the data set's size goes with the data set's model
     for name in DEFAULTS:
@@ -240,6 +257,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def model_recipe(name: str) -> dict:
+    """The defaults of the model's own recipe on ImageNet."""
+    recipe = dict(DEFAULTS)
+    for beginning, options in MODEL_RECIPES.items():
+        if name.startswith(beginning):
+            recipe |= options
+    return recipe
+
+
 def build_recipe(args: argparse.Namespace) -> Recipe:
     recipe = RECIPES[args.quant]
     return recipe.with_q_ema(args.q_ema_beta) if args.q_ema else recipe
@@ -268,9 +294,12 @@ def build_model(
     except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         if recipe.quantizes and "quant" in str(error):
             raise UserError(
-                f"--quant needs a Vision Transformer of timm with plain blocks (deit_*, vit_*), got --model {name}"
+                "--quant needs a Vision Transformer of timm with plain blocks (deit_*, vit_*) or a Swin Transformer "
+                f"(swin_*), got --model {name}"
             ) from error
-        raise UserError(f"{option} {name} cannot be built for --input-size {input_size}: {error}") from error
+        raise UserError(
+            f"{option} {name} cannot be built for --input-size {input_size}: {error}; its own is {own_size}"
+        ) from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
     if input_size < patch[0] or input_size % patch[0]:
         raise UserError(f"--input-size must be a multiple of {name}'s patch size {patch[0]}, got {input_size}")
@@ -447,7 +476,7 @@ def train(
     mixup = None
     if args.mixup + args.cutmix > 0:
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=loaders.num_classes)
-    step = TrainStep(parallel, criterion, optimizer, device, mixup, args.cuda_graph)
+    step = TrainStep(parallel, criterion, optimizer, device, mixup, args.clip_grad, args.cuda_graph)
     ramping = None
     if args.q_ramping:
         k1, k2, steps = args.q_ramping_k1, args.q_ramping_k2, args.q_ramping_steps

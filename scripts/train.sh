@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The one body of the train_deit_*.sh scripts: bash scripts/train.sh SIZE VARIANT [main.py's options ...]
-#   SIZE      tiny, small or base
+# The one body of the other train_*.sh scripts: bash scripts/train.sh SIZE VARIANT [main.py's options ...]
+#   SIZE      tiny, small or base, of DeiT; swin_tiny or swin_small
 #   VARIANT   mxfp4, mxfp4_q_ema or mxfp4_q_ramping
 # With DATA_PATH, the directory of ImageNet's train/ and val/: the paper's 90 epochs on all GPUs, 4 of them by its
 # recipe. Without it: the same model for one epoch of scikit-learn's digits, to see that everything works.
@@ -12,14 +12,18 @@ shift 2
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 # Paper, appendix: 256 images on each of 4 GPUs at lr 5e-4 for T and S, 128 at 2.5e-4 for B; lr scales with the batch.
+# Swin (Liu et al. 2021, A2.1): lr 1e-3 at 1024 images; main.py knows what else differs from DeiT's recipe.
 # Q-EMA's beta and Q-Ramping's k2 are the tuned ones.
+model="deit_${size}_patch16_224"
 case "$size" in
 tiny) batch=256 lr=5e-4 beta=0.9983 k2=5 ;;
 small) batch=256 lr=5e-4 beta=0.9972 k2=5 ;;
 base) batch=128 lr=2.5e-4 beta=0.999 k2=5 ;;
-*) echo "train.sh: error: SIZE must be tiny, small or base, got $size" >&2 && exit 2 ;;
+swin_tiny) batch=256 lr=5e-4 beta=0.9975 k2=3 model="${size}_patch4_window7_224" ;;
+swin_small) batch=256 lr=5e-4 beta=0.998 k2=4 model="${size}_patch4_window7_224" ;;
+*) echo "train.sh: error: SIZE must be tiny, small, base, swin_tiny or swin_small, got $size" >&2 && exit 2 ;;
 esac
-options=(--model "deit_${size}_patch16_224" --quant mxfp4)
+options=(--model "$model" --quant mxfp4)
 case "$variant" in
 mxfp4) ;;
 mxfp4_q_ema) options+=(--q-ema --q-ema-beta "$beta") ;;

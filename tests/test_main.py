@@ -164,7 +164,7 @@ def test_two_processes_train_alike(capsys):
         "sys.exit(main.main(sys.argv[1:]))\n"
     )
     Path("two.py").write_text(script)
-    arguments = [*TINY, *ALL, "--batch-size", "180", "--output-dir", "out"]
+    arguments = [*TINY, *ALL, "--clip-grad", "0.5", "--batch-size", "180", "--output-dir", "out"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={port}", "two.py"]
     env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=300)
@@ -193,6 +193,11 @@ MISTAKES = {
     ),
     "input size": (["--input-size", "9"], r"multiple of deit_micro_patch4_32's patch size 4, got 9"),
     "tiny input": (["--model", "deit_tiny_patch16_224", "--input-size", "8"], r"(multiple|cannot be built).* 8"),
+    "swin input size": (
+        ["--model", "swin_tiny_patch4_window7_224", "--input-size", "34"],
+        r"multiple of swin_tiny_patch4_window7_224's patch size 4, got 34",
+    ),
+    "clip grad": (["--clip-grad", "-1"], r"--clip-grad: needs a number at least 0, got '-1'"),
     "no data path": (["--data-set", "FOLDER"], r"--data-set FOLDER needs --data-path"),
     "missing path": (["--data-set", "IMNET", "--data-path", "nowhere"], r"must be a directory, got nowhere"),
     "empty path": (["--data-set", "IMNET", "--data-path", "."], r"must hold train/ and val/, found no train/"),
@@ -286,6 +291,7 @@ class TestMistakes:
             capsys,
         )
         fails([*TINY, *ours, "--lr", "0.5", "--epochs", "1"], "same --lr: this run has 0.5", capsys)
+        fails([*TINY, *ours, "--clip-grad", "5", "--epochs", "1"], "same --clip-grad: this run has 5.0", capsys)
         fails([*TINY, *ours, "--epochs", "6"], "same --epochs: this run has 6, .* has 1;", capsys)
         fails([*TINY, "--eval", "--resume", "other/checkpoint.pth"], "same recipe", capsys)
         fails([*TINY, "--output-dir", "out"], "out holds a run; pass --resume auto", capsys)
@@ -381,7 +387,7 @@ def test_options_are_these():
         --repeats --aa --color-jitter --reprob --mixup --cutmix --epochs --batch-size --lr --min-lr --warmup-lr
         --warmup-epochs --weight-decay --smoothing --model-ema-decay --seed --distillation-type --distillation-alpha
         --distillation-tau --teacher-model --teacher-path --device --output-dir --resume --eval
-        --matmul --compile --cuda-graph""".split()
+        --matmul --compile --cuda-graph --clip-grad""".split()
     )
 
 
@@ -391,7 +397,35 @@ def test_defaults_are_deits_recipe_on_imagenet():
     wanted |= {"warmup_lr": 1e-6, "warmup_epochs": 5, "weight_decay": 0.05, "drop_path": 0.1, "smoothing": 0.1}
     wanted |= {"mixup": 0.8, "cutmix": 1.0, "aa": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "reprob": 0.25}
     wanted |= {"repeats": 3, "model_ema_decay": 0.99996, "q_ema_beta": 0.998, "q_ramping_k1": 16, "q_ramping_k2": 5}
+    wanted |= {"clip_grad": 0.0}
     assert {name: getattr(args, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("model", "drop_path"),
+    [
+        ("swin_tiny_patch4_window7_224", 0.2),
+        ("swin_small_patch4_window7_224", 0.3),
+        ("swin_base_patch4_window7_224", 0.5),
+    ],
+)
+def test_defaults_of_swin_on_imagenet(model, drop_path):
+    """Liu et al. 2021, A2.1; 90 epochs instead of 300. What they share with DeiT is DeiT's."""
+    deit, swin = (
+        vars(parse_args(["--data-set", "IMNET", "--data-path", "x", *options])) for options in ([], ["--model", model])
+    )
+    different = {name: value for name, value in swin.items() if value != deit[name]}
+    wanted = {"model": model, "warmup_epochs": 20, "clip_grad": 5.0, "drop_path": drop_path}
+    assert different == wanted | {"repeats": 1, "model_ema_decay": 0.0}
+
+
+def test_the_users_options_come_before_the_data_sets_and_those_before_the_models():
+    swin = ["--model", "swin_tiny_patch4_window7_224"]
+    args = parse_args(swin)  # DIGITS
+    assert (args.clip_grad, args.warmup_epochs, args.drop_path, args.weight_decay) == (5.0, 2, 0.0, 0.05)
+    args = parse_args([*swin, "--clip-grad", "0", "--warmup-epochs", "7"])
+    assert (args.clip_grad, args.warmup_epochs, args.drop_path) == (0.0, 7, 0.0)
+    assert parse_args([]).clip_grad == 0.0  # the model of DIGITS is a DeiT
 
 
 def test_checkpoint_is_written_in_one_piece(monkeypatch, capsys):

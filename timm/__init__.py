@@ -3,6 +3,8 @@
 What differs from the installed release:
 
 - `models/vision_transformer.py`: models take `quant=Recipe`, and `deit_micro_patch4_32` is new.
+- `models/swin_transformer.py`: models take `quant=Recipe`.
+- `models/_quant.py`, what these two share, is new.
 
 `_overlay.py` says how it works.
 """

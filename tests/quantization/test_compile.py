@@ -46,12 +46,22 @@ def test_compiled_layers_draw_the_same_bits(recipe, matmul, randn, device):
     assert list(model.state_dict()) == names
 
 
-def test_a_block_is_one_graph(device):
+def deit_block() -> tuple[nn.Module, torch.Tensor]:
+    return timm.create_model("deit_micro_patch4_32", quant=Recipe()).blocks[0], torch.randn(2, 65, 128)
+
+
+def swin_stage() -> tuple[nn.Module, torch.Tensor]:
+    """Patch merging, a block, and a block whose windows are shifted."""
+    options = {"img_size": 128, "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "quant": Recipe()}
+    return timm.create_model("swin_tiny_patch4_window7_224", **options).layers[1], torch.randn(2, 32, 32, 32)
+
+
+@pytest.mark.parametrize("build", [deit_block, swin_stage])
+def test_a_block_is_one_graph(build, device):
     """No graph break in a transformer block, in training and in evaluation."""
     torch._dynamo.reset()
-    model = timm.create_model("deit_micro_patch4_32", quant=Recipe()).to(device)
-    block = model.blocks[0]
-    x = torch.randn(2, 65, 128, device=device)
+    block, x = build()
+    block, x = block.to(device), x.to(device)
     for mode in (True, False):
         explanation = torch._dynamo.explain(block.train(mode))(x)
         assert explanation.graph_count == 1 and explanation.graph_break_count == 0

@@ -4,8 +4,8 @@
 the class takes it too, the DeiT family (`timm/models/deit.py`, installed) among them.
 """
 
-from quantization import Recipe, swap_linears
 from timm._overlay import run_installed
+from timm.models._quant import TakesQuant
 
 run_installed(globals())
 
@@ -13,13 +13,8 @@ _installed = dict(globals())
 _cfg, _create, _register = (_installed[n] for n in ("_cfg", "_create_vision_transformer", "register_model"))
 
 
-class VisionTransformer(_installed["VisionTransformer"]):
+class VisionTransformer(TakesQuant, _installed["VisionTransformer"]):
     """The installed class plus `quant`. Raises ValueError if no block has the four linears."""
-
-    def __init__(self, *args, quant: Recipe | None = None, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        if quant is not None:
-            swap_linears(self, quant)
 
 
 _installed["default_cfgs"].update(

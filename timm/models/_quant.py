@@ -1,0 +1,19 @@
+"""What the models of this directory have in common: they take `quant=Recipe`."""
+
+from __future__ import annotations
+
+from quantization import BLOCK_LINEARS, Recipe, swap_linears
+
+
+class TakesQuant:
+    """Goes before an installed model class; `quant` swaps the linears whose names end in one of `quant_names`.
+
+    Raises ValueError if there are none.
+    """
+
+    quant_names: tuple[str, ...] = BLOCK_LINEARS
+
+    def __init__(self, *args, quant: Recipe | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if quant is not None:
+            swap_linears(self, quant, self.quant_names)
