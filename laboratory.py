@@ -27,7 +27,7 @@ WINDOW = 30  # T0 of the paper
 NUM_IMAGES = 64
 NUM_TRAJECTORIES = 4
 BLOCK_DEPTH = 0.75  # whose output is measured: the 9th of 12, as in the paper's Table 3
-CONFIDENCE_BINS = 64
+CONFIDENCE_BINS = 32
 LATENT_BINS_PER_STEP = 4  # of the grid's smallest step
 
 

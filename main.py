@@ -474,6 +474,8 @@ def train(
             laboratory.after_step()
 
     directory = open_output(args)
+    if laboratory is not None:
+        oscillation_log.start(directory / oscillation_log.FILE_NAME, progress.epoch)
     num_parameters = sum(p.numel() for p in model.parameters())
     describe(args, model, identity["recipe"], loaders, device, directory, num_parameters)
     if state is not None:
@@ -481,8 +483,6 @@ def train(
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     with RunLog(directory, settings | {"torch": torch.__version__, "timm": timm.__version__}) as log:
         say(TABLE_HEAD)
-        if laboratory is not None:
-            oscillation_log.start(directory / oscillation_log.FILE_NAME, progress.epoch)
         for epoch in range(progress.epoch, args.epochs):
             # The first detection comes after T_update = one epoch of steps.
             extra = ramping.before_epoch(epoch) if ramping and epoch > 0 else {}

@@ -6,7 +6,7 @@
 | step | optimizer steps done since the start of the run, at the end of the window |
 | window | steps of the window, T0 |
 | measure | a `Measure` |
-| where | `all` linears of the blocks, one of them, a block, or a single weight: `blocks.0.attn.qkv[3][17]` is row 3, column 17 |
+| where | `all` linears of the blocks, or one, or a block, or a weight: `blocks.0.attn.qkv[3][17]` is row 3, column 17 |
 | x | lower edge of the bin, or step within the window; empty for a single number |
 | value | a plain number |
 
@@ -22,6 +22,8 @@ from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
+
+from errors import UserError
 
 FILE_NAME = "oscillation.csv"
 ALL = "all"
@@ -68,9 +70,12 @@ HEADER = ",".join(Row._fields) + "\n"
 def start(path: Path, epoch: int) -> None:
     """Make the file, or drop from it the epochs from `epoch` on, which are about to be run (again).
 
-    A reader sees the old file or the new one. Raises ValueError for a file that is not ours.
+    A reader sees the old file or the new one. Raises UserError for a file that is not ours.
     """
-    kept = [row for row in read(path) if row.epoch < epoch] if path.is_file() else []
+    try:
+        kept = [row for row in read(path) if row.epoch < epoch] if path.is_file() else []
+    except ValueError as error:
+        raise UserError(f"--track-oscillation cannot go on with its file: {error}; move it away") from error
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(HEADER + _text(kept), encoding="utf-8")
     os.replace(temporary, path)
