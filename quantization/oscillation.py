@@ -116,11 +116,10 @@ class OscillationWindow:
                 raise ValueError(f"a window needs a Q2 without random numbers, got a stochastic one in {name}")
         self.weights = {name: TensorPath(layer.weight) for name, layer in self.layers.items()}
         self.quantized: dict[str, TensorPath] = {}
-        self._rows = {
-            name: torch.linspace(0, layer.out_features - 1, min(candidate_rows, layer.out_features)).long()
-            for name, layer in self.quantized_layers.items()
-        }
-        self._rows = {name: rows.to(self.layers[name].weight.device) for name, rows in self._rows.items()}
+        self._rows = {}
+        for name, layer in self.quantized_layers.items():
+            last, count = layer.out_features - 1, min(candidate_rows, layer.out_features)
+            self._rows[name] = torch.arange(count, device=layer.weight.device) * last // max(1, count - 1)
         self._candidates: dict[str, list[Tensor]] = {name: [] for name in self.quantized_layers}
         for name, layer in self.quantized_layers.items():
             self.quantized[name] = TensorPath(layer.quantized_weight())
