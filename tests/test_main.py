@@ -150,24 +150,29 @@ class TestTraining:
         assert a == b != c
 
 
+@pytest.fixture
+def short_windows(monkeypatch):
+    """Epochs of `TRACKED` have 2 steps: a window that opens within the epoch, as it does in a real one."""
+    monkeypatch.setattr(laboratory, "WINDOW", 1)
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("tracked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(laboratory, "WINDOW", 1)
+        assert main([*TRACKED, "--track-oscillation", "--output-dir", str(directory)]) == 0
+    return directory
+
+
+TRACKED = [*TINY, "--model", "deit_micro_patch4_32", "--input-size", "8", "--batch-size", "718", "--num-workers", "0"]
+TRACKED += ["--q-ema", "--q-ramping", "--q-ramping-steps", "1", "--drop-path", "0.2"]
+
+
+@pytest.mark.usefixtures("short_windows")
 class TestTrackOscillation:
-    OPTIONS = [*TINY, *ALL, "--batch-size", "718", "--drop-path", "0.2"]
-
-    @pytest.fixture(scope="class", autouse=True)
-    def short_windows(self):
-        """Epochs have 2 steps here: a window that opens within the epoch, as it does in a real one."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(laboratory, "WINDOW", 1)
-            yield
-
-    @pytest.fixture(scope="class")
-    def tracked(self, short_windows, tmp_path_factory) -> Path:
-        directory = tmp_path_factory.mktemp("tracked")
-        assert main([*self.OPTIONS, "--track-oscillation", "--output-dir", str(directory)]) == 0
-        return directory
-
     def test_training_is_the_same_bit_for_bit(self, tracked):
-        assert main([*self.OPTIONS, "--output-dir", "plain"]) == 0
+        assert main([*TRACKED, "--output-dir", "plain"]) == 0
         assert not Path("plain/oscillation.csv").exists()
         hashes, logs = [], []
         for directory in (Path("plain"), tracked):
@@ -193,7 +198,7 @@ class TestTrackOscillation:
         assert all(tag in events.read_bytes() for tag in (b"rate_q2/all", b"oscillating/all", b"latent_histogram"))
 
     def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(self, tracked, monkeypatch, capsys):
-        options = [*self.OPTIONS, "--track-oscillation", "--output-dir", "parts"]
+        options = [*TRACKED, "--track-oscillation", "--output-dir", "parts"]
         train = program.train_one_epoch
 
         def killed_in_the_second(step, loader, epoch, *rest):
