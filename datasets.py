@@ -130,6 +130,10 @@ class ArrayImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        images, labels = self.__getitems__([index])
+        return images[0], int(labels)
+
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         labels = torch.from_numpy(self.labels[indices].astype(np.int64))
         if self.light is not None:

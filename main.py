@@ -25,10 +25,12 @@ from tqdm import tqdm
 
 import checkpoint
 import distributed
+import oscillation_log
 import timm
 from datasets import CALIBRATION_ORDER, DATA_SETS, RAND_AUGMENT, DataConfig, Loaders, build_loaders, set_epoch
 from engine import TrainStep, evaluate, train_one_epoch
 from errors import NonFiniteLoss, UserError
+from laboratory import Laboratory
 from losses import DistillationLoss, base_criterion
 from quantization import (
     OSCILLATION_THRESHOLD,
@@ -144,6 +146,12 @@ def build_parser() -> Parser:
         help="how quantized operands are multiplied: speed, not results (default: fp8 where the GPU has it)",
     )
 
+    group.add_argument(
+        "--track-oscillation",
+        action="store_true",
+        help=f"measure how the weights oscillate at the end of every epoch, into {oscillation_log.FILE_NAME}",
+    )
+
     group = parser.add_argument_group("model")
     recipe_option(group, "--model", str, "any Vision Transformer of timm; any timm model with --quant none")
     recipe_option(group, "--drop-path", number(float, 0, 1, open_high=True), "rate of stochastic depth")
@@ -239,6 +247,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--resume auto looks into --output-dir; give one")
     if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs weights; give --resume or --finetune")
+    if args.eval and args.track_oscillation:
+        raise UserError("--track-oscillation measures training, got --eval; leave one of them out")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU that PyTorch can use, found none; use --device cpu or auto")
     if args.device == "auto":
@@ -481,6 +491,9 @@ def train(
     if args.q_ramping:
         k1, k2, steps = args.q_ramping_k1, args.q_ramping_k2, args.q_ramping_steps
         ramping = QRamping(model, step, loaders, data, k1, k2, steps)
+    laboratory = Laboratory(model, loaders.val.dataset, device) if args.track_oscillation else None
+    if not distributed.is_main():
+        laboratory = None  # the weights are the same everywhere
     progress = checkpoint.Run(identity, model, optimizer, scheduler, model_ema)
     if state is not None:
         progress.restore(state)
@@ -493,8 +506,12 @@ def train(
             q_ema.update()
         if model_ema is not None:
             model_ema.update(model)
+        if laboratory is not None:
+            laboratory.after_step()
 
     directory = open_output(args)
+    if laboratory is not None:
+        oscillation_log.start(directory / oscillation_log.FILE_NAME, progress.epoch)
     num_parameters = sum(p.numel() for p in model.parameters())
     describe(args, model, identity["recipe"], loaders, device, directory, num_parameters)
     if state is not None:
@@ -506,8 +523,12 @@ def train(
             # The first detection comes after T_update = one epoch of steps.
             extra = ramping.before_epoch(epoch) if ramping and epoch > 0 else {}
             set_epoch(loaders.train, data, epoch)
+            if laboratory is not None:
+                laboratory.before_epoch(len(loaders.train))
             numbers = {"epoch": epoch, **train_one_epoch(step, loaders.train, epoch, args.epochs, after_step)}
             scheduler.step(epoch + 1)
+            if laboratory is not None:
+                log.oscillation(laboratory.after_epoch(epoch, (epoch + 1) * len(loaders.train)))
             tested = evaluate(model, loaders.val, device)
             numbers |= {f"test_{name}": value for name, value in tested.items()}
             if model_ema is not None:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: log.txt, TensorBoardX events, DLLogger's JSON lines, and the terminal."""
+"""Where a run's numbers go: log.txt, oscillation.csv, TensorBoardX events, DLLogger's JSON lines, the terminal."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import json
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 from tensorboardX import SummaryWriter
 
 import distributed
+import oscillation_log
+from oscillation_log import Measure, Row
 
 
 class RunLog:
@@ -35,6 +38,34 @@ class RunLog:
             if name != "epoch":
                 self._events.add_scalar(name, value, epoch)
         self._dllogger([epoch], numbers)
+        self._events.flush()
+
+    def oscillation(self, rows: list[Row]) -> None:
+        """What one epoch's window has measured: lines in oscillation.csv, TensorBoard curves and histograms."""
+        if not self._active:
+            return
+        oscillation_log.append(self.directory / oscillation_log.FILE_NAME, rows)
+        histograms: dict[Measure, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row.x is None and row.measure is not Measure.RATIO:
+                self._events.add_scalar(f"{row.measure.value}/{row.where}", row.value, row.epoch)
+            elif row.measure in (Measure.CONFIDENCE_HISTOGRAM, Measure.LATENT_HISTOGRAM):
+                histograms.setdefault(row.measure, []).append((row.x, row.value))
+        for measure, bins in histograms.items():
+            edges, shares = np.array(bins).T
+            edges, width = np.append(edges, 2 * edges[-1] - edges[-2]), edges[1] - edges[0]
+            middles = edges[:-1] + width / 2
+            self._events.add_histogram_raw(
+                measure.value,
+                min=edges[0],
+                max=edges[-1],
+                num=1,
+                sum=float(shares @ middles),
+                sum_squares=float(shares @ middles**2),
+                bucket_limits=edges[1:].tolist(),
+                bucket_counts=shares.tolist(),
+                global_step=rows[0].epoch,
+            )
         self._events.flush()
 
     def __enter__(self) -> RunLog:

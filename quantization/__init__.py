@@ -1,14 +1,15 @@
 """MXFP4 training: number formats, quantizers, the linear layer, Q-EMA, Q-Ramping and measures of oscillation.
 
 Knows nothing of models, data sets or command lines. Imports point one way: formats -> recipe, philox -> reference,
-kernels -> mx, matmul -> linear -> q_ema, oscillation -> ramping.
+kernels -> mx, matmul -> linear, latent -> q_ema, oscillation -> ramping.
 """
 
 from .formats import Element, Rounding, Scaling
+from .latent import confidence, histogram, latent_weight
 from .linear import BLOCK_LINEARS, QuantLinear, quant_linears, set_matmul, swap_linears, weights_quantized_once
 from .matmul import Matmul, has_fp8, take_lost_groups
 from .mx import MXTensor, quantize_mx
-from .oscillation import OSCILLATION_THRESHOLD, PathLengths
+from .oscillation import OSCILLATION_THRESHOLD, OscillationWindow, PathLengths, TensorPath, rate_of_change
 from .q_ema import QEma, plain_rounding
 from .ramping import RampingAdamW, detect_oscillation, update_periods
 from .recipe import RECIPES, Quantizer, Recipe
@@ -20,6 +21,7 @@ __all__ = [
     "Element",
     "MXTensor",
     "Matmul",
+    "OscillationWindow",
     "PathLengths",
     "QEma",
     "QuantLinear",
@@ -28,11 +30,16 @@ __all__ = [
     "Recipe",
     "Rounding",
     "Scaling",
+    "TensorPath",
+    "confidence",
     "detect_oscillation",
     "has_fp8",
+    "histogram",
+    "latent_weight",
     "plain_rounding",
     "quant_linears",
     "quantize_mx",
+    "rate_of_change",
     "set_matmul",
     "swap_linears",
     "take_lost_groups",

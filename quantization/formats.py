@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 GROUP_SIZE = 32  # values that share one scale (OCP MX section 5.2, the block size k)
 SIGN_CODE = 0x8  # sign bit of a 4-bit code
@@ -54,6 +55,11 @@ class ElementFormat:
     def values(self) -> tuple[float, ...]:
         """Value of each of the 16 codes, -0.0 included."""
         return self.magnitudes + tuple(-m for m in self.magnitudes)
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Where nearest rounding changes from one magnitude to the next: the midpoints."""
+        return tuple((low + high) / 2 for low, high in pairwise(self.magnitudes))
 
 
 class Element(str, Enum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,9 @@ import torch
 from PIL import Image
 
 import checkpoint
+import laboratory
+import main as program
+import oscillation_log
 import timm
 from main import build_parser, main, parse_args, table_row
 
@@ -146,6 +150,106 @@ class TestTraining:
         assert a == b != c
 
 
+@pytest.fixture
+def short_windows(monkeypatch):
+    """Epochs of `TRACKED` have 2 steps: a window that opens within the epoch, as it does in a real one."""
+    monkeypatch.setattr(laboratory, "WINDOW", 1)
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("tracked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(laboratory, "WINDOW", 1)
+        assert main([*TRACKED, "--track-oscillation", "--output-dir", str(directory)]) == 0
+    return directory
+
+
+TRACKED = [*TINY, "--model", "deit_micro_patch4_32", "--input-size", "8", "--batch-size", "718", "--num-workers", "0"]
+TRACKED += ["--q-ema", "--q-ramping", "--q-ramping-steps", "1", "--drop-path", "0.2"]
+
+
+@pytest.mark.usefixtures("short_windows")
+class TestTrackOscillation:
+    def test_training_is_the_same_bit_for_bit(self, tracked):
+        assert main([*TRACKED, "--output-dir", "plain"]) == 0
+        assert not Path("plain/oscillation.csv").exists()
+        hashes, logs = [], []
+        for directory in (Path("plain"), tracked):
+            # Weights, averages, optimizer, random generators.
+            hashes.append(digest(torch.load(directory / "checkpoint.pth", weights_only=True)))
+            lines = lines_of(directory / "log.txt")
+            logs.append([{k: v for k, v in line.items() if k != "img_per_s"} for line in lines])
+        assert hashes[0] == hashes[1] and logs[0] == logs[1]
+
+    def test_every_measure_of_every_epoch_is_in_the_file(self, tracked):
+        rows = oscillation_log.read(tracked / "oscillation.csv")
+        assert {(r.epoch, r.step, r.window) for r in rows} == {(0, 2, 1), (1, 4, 1)}
+        assert {r.measure for r in rows} == set(oscillation_log.Measure)
+        assert {r.where for r in rows if r.measure.value == "rate_y"} == {"blocks.1"}
+        for measure in ("rate_w", "rate_q2", "oscillating", "confidence"):
+            of_last = {r.where: r.value for r in rows if r.measure.value == measure and r.epoch == 1}
+            assert len(of_last) == 9 and all(np.isfinite(value) and value >= 0 for value in of_last.values())
+        for measure, count in (("latent_histogram", 128), ("confidence_histogram", 32)):
+            shares = [r.value for r in rows if r.measure.value == measure and r.epoch == 1]
+            assert len(shares) == count and sum(shares) == pytest.approx(1)
+        assert [r.x for r in rows if r.measure.value == "trajectory_q2" and r.epoch == 1] == [0, 1] * 4
+        (events,) = (tracked / "tensorboard").glob("events.*")
+        assert all(tag in events.read_bytes() for tag in (b"rate_q2/all", b"oscillating/all", b"latent_histogram"))
+
+    def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(self, tracked, monkeypatch, capsys):
+        options = [*TRACKED, "--track-oscillation", "--output-dir", "parts"]
+        train = program.train_one_epoch
+
+        def killed_in_the_second(step, loader, epoch, *rest):
+            if epoch == 1:
+                raise KeyboardInterrupt
+            return train(step, loader, epoch, *rest)
+
+        monkeypatch.setattr(program, "train_one_epoch", killed_in_the_second)
+        assert main(options) == 130
+        monkeypatch.setattr(program, "train_one_epoch", train)
+        whole, parts = (tracked / "oscillation.csv").read_text(), Path("parts/oscillation.csv")
+        first = parts.read_text()
+        assert whole.startswith(first) and first.count("\n") > 100
+        # As if the second epoch had been measured, and half a line of it written, but no checkpoint saved.
+        parts.write_text(first + "1,4,1,rate_w,all,,0.5\n1,4,1,rate_")
+        assert main([*options, "--resume", "auto"]) == 0
+        assert parts.read_text() == whole
+
+    def test_full_precision_has_weights_and_outputs_only(self):
+        options = [*TINY, "--quant", "none", "--epochs", "1", "--track-oscillation", "--output-dir", "out"]
+        assert main(options) == 0
+        rows = oscillation_log.read(Path("out/oscillation.csv"))
+        assert {r.measure.value for r in rows} == {"rate_w", "rate_y"} and len(rows) == 10
+
+    def test_a_file_of_another_kind_is_left_alone(self, capsys):
+        Path("out").mkdir()
+        Path("out/oscillation.csv").write_text("a,b\n1,2\n")
+        fails([*TINY, "--track-oscillation", "--output-dir", "out"], "cannot go on with its file: .* got 'a,b'", capsys)
+
+
+def digest(value) -> str:
+    """SHA-256 of everything in a checkpoint."""
+    found = hashlib.sha256()
+
+    def add(part) -> None:
+        if isinstance(part, torch.Tensor):
+            found.update(part.numpy().tobytes())
+        elif isinstance(part, dict):
+            for name, item in part.items():
+                found.update(repr(name).encode())
+                add(item)
+        elif isinstance(part, (list, tuple)):
+            for item in part:
+                add(item)
+        else:
+            found.update(repr(part).encode())
+
+    add(value)
+    return found.hexdigest()
+
+
 def test_two_processes_train_alike(capsys):
     """torchrun with gloo: both ranks hold the same weights, averages and periods at the end."""
     with socket.socket() as probe:
@@ -164,13 +268,16 @@ def test_two_processes_train_alike(capsys):
         "sys.exit(main.main(sys.argv[1:]))\n"
     )
     Path("two.py").write_text(script)
-    arguments = [*TINY, *ALL, "--clip-grad", "0.5", "--batch-size", "180", "--output-dir", "out"]
+    options = ["--clip-grad", "0.5", "--batch-size", "180", "--output-dir", "out", "--track-oscillation"]
+    arguments = [*TINY, *ALL, *options]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={port}", "two.py"]
     env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     hashes = [Path(f"hashes-{rank}").read_text().splitlines() for rank in range(2)]
     assert len(set(hashes[0])) == 2 and hashes[0] == hashes[1]
+    measured = oscillation_log.read(Path("out/oscillation.csv"))
+    assert [r.epoch for r in measured if (r.measure.value, r.where) == ("rate_w", "all")] == [0, 1]
     log = lines_of(Path("out/log.txt"))
     assert len(log) == 2 and "360 held-out images" in result.stdout
     assert main([*TINY, "--q-ema", "--eval", "--resume", "out/checkpoint.pth"]) == 0
@@ -220,6 +327,14 @@ MISTAKES = {
     "teacher": (["--distillation-type", "soft"], r"needs --teacher-model and --teacher-path"),
     "resume what": (["--resume", "nothing.pth"], r"a checkpoint must be a file, got nothing.pth"),
     "resume auto": (["--resume", "auto"], r"--resume auto looks into --output-dir"),
+    "track a cnn": (
+        ["--track-oscillation", "--model", "resnet18", "--input-size", "224"],
+        r"--track-oscillation needs a model whose blocks have the linears attn.qkv, .* ResNet has none; choose",
+    ),
+    "track an evaluation": (
+        ["--track-oscillation", "--eval", "--finetune", "a-file"],
+        r"--track-oscillation measures training, got --eval; leave one of them out",
+    ),
     "both": (["--resume", "a", "--finetune", "b"], r"give one of them"),
     "eval what": (["--eval"], r"--eval needs weights; give --resume or --finetune"),
     "eval auto": (
@@ -387,7 +502,7 @@ def test_options_are_these():
         --repeats --aa --color-jitter --reprob --mixup --cutmix --epochs --batch-size --lr --min-lr --warmup-lr
         --warmup-epochs --weight-decay --smoothing --model-ema-decay --seed --distillation-type --distillation-alpha
         --distillation-tau --teacher-model --teacher-path --device --output-dir --resume --eval
-        --matmul --compile --cuda-graph --clip-grad""".split()
+        --matmul --compile --cuda-graph --clip-grad --track-oscillation""".split()
     )
 
 

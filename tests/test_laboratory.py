@@ -1,0 +1,146 @@
+"""The laboratory's windows and its fixed input; the whole of a tracked run is in test_main.py."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import laboratory
+import timm
+from errors import UserError
+from laboratory import Laboratory
+from oscillation_log import Measure
+from quantization import Recipe
+
+
+def make(device: torch.device, depth: int = 2, images: int = 100) -> tuple[torch.nn.Module, TensorDataset]:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "deit_micro_patch4_32", img_size=8, embed_dim=32, num_heads=2, depth=depth, quant=Recipe(), drop_path_rate=0.5
+    )
+    return model.to(device).train(), TensorDataset(torch.randn(images, 3, 8, 8), torch.zeros(images))
+
+
+def move(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn_like(p)
+
+
+def generators() -> tuple:
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+    return [state.tolist() for state in states], str(np.random.get_state()), random.getstate()
+
+
+@pytest.mark.parametrize("depth, block", [(1, 0), (2, 1), (4, 2), (12, 8), (24, 17)])
+def test_the_measured_block_is_the_ninth_of_twelve(depth, block):
+    model, dataset = make(torch.device("cpu"), depth)
+    assert Laboratory(model, dataset, torch.device("cpu")).block == f"blocks.{block}"
+
+
+def test_output_is_that_of_evaluation_and_leaves_no_trace(device):
+    model, dataset = make(device)
+    model.blocks[0].eval()  # whatever mode a module is in, it stays in
+    test = Laboratory(model, dataset, device)
+    before, modes = generators(), [m.training for m in model.modules()]
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    output = test._block_output()
+    assert before == generators()
+    assert modes == [m.training for m in model.modules()] and not model.blocks[1]._forward_hooks
+    assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
+
+    model.eval()
+    images = dataset.tensors[0][[i * 100 // 64 for i in range(64)]].to(device)
+    with torch.no_grad():
+        x = model._pos_embed(model.patch_embed(images))
+        for block in model.blocks:
+            x = block(x)
+    assert torch.equal(output, x)
+
+
+class Perceptron(torch.nn.Module):
+    """The least that has a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = torch.nn.ModuleDict({"fc1": torch.nn.Linear(4, 8), "fc2": torch.nn.Linear(8, 4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp["fc2"](self.mlp["fc1"](x).relu())
+
+
+def test_a_compiled_model_shows_its_output_too():
+    model = torch.nn.Sequential(Perceptron(), Perceptron(), torch.nn.Flatten())
+    model.compile(backend="eager")
+    images = torch.randn(5, 4)
+    model(images)
+    test = Laboratory(model, TensorDataset(images, torch.zeros(5)), torch.device("cpu"))
+    assert test.block == "1" and torch.equal(test._block_output(), model[1](model[0](images)))
+
+
+@pytest.mark.parametrize("steps, window", [(9, 4), (5, 4), (4, 4), (3, 3), (1, 1)])
+def test_windows_are_the_last_steps_of_an_epoch(steps, window, device, monkeypatch):
+    assert laboratory.WINDOW == 30
+    monkeypatch.setattr(laboratory, "WINDOW", 4)
+    model, dataset = make(device, depth=1, images=3)
+    test = Laboratory(model, dataset, device)
+    for epoch in range(2):
+        test.before_epoch(steps)
+        weights, outputs = [], []
+        for step in range(steps + 1):
+            if step > 0:
+                move(model)
+                test.after_step()
+            if step >= steps - window:
+                weights.append(model.blocks[0].mlp.fc1.weight.detach().clone())
+                outputs.append(test._block_output())
+        rows = test.after_epoch(epoch, (epoch + 1) * steps)
+        assert {row[:3] for row in rows} == {(epoch, (epoch + 1) * steps, window)}
+        values = {(row.measure, row.where): row.value for row in rows}
+        for measured, history in (
+            (values[Measure.RATE_WEIGHT, "blocks.0.mlp.fc1"], weights),
+            (values[Measure.RATE_OUTPUT, "blocks.0"], outputs),
+        ):
+            rates = [float((b - a).norm() / a.norm()) for a, b in zip(history, history[1:])]
+            assert measured == pytest.approx(sum(rates) / window, rel=1e-5)
+
+
+def test_means_over_the_layers_and_over_the_weights(device):
+    model, dataset = make(device, images=3)
+    test = Laboratory(model, dataset, device)
+    test.before_epoch(4)
+    for _ in range(4):
+        move(model)
+        test.after_step()
+    rows = test.after_epoch(0, 4)
+    sizes = {name: layer.weight.numel() for name, layer in test.layers.items()}
+    for measure in (Measure.RATE_WEIGHT, Measure.RATE_QUANTIZED, Measure.OSCILLATING, Measure.CONFIDENCE):
+        values = {row.where: row.value for row in rows if row.measure is measure}
+        mean = values.pop("all")
+        assert values.keys() == sizes.keys()
+        weight = dict.fromkeys(sizes, 1) if measure in (Measure.RATE_WEIGHT, Measure.RATE_QUANTIZED) else sizes
+        expected = sum(values[name] * weight[name] for name in sizes) / sum(weight.values())
+        assert mean == pytest.approx(expected)
+    latent = [row for row in rows if row.measure is Measure.LATENT_HISTOGRAM]
+    assert [row.x for row in latent] == [-8 + i / 8 for i in range(128)]
+    assert sum(row.value for row in latent if not -6 <= row.x <= 6) == 0
+
+
+def test_nothing_is_measured_outside_a_window(device, monkeypatch):
+    model, dataset = make(device, depth=1, images=3)
+    test = Laboratory(model, dataset, device)
+    test.before_epoch(100)
+    with monkeypatch.context() as context:
+        context.setattr(torch.Tensor, "__torch_function__", lambda *_: pytest.fail("a tensor was touched"))
+        context.setattr(test, "_block_output", lambda: pytest.fail("the model ran"))
+        for _ in range(69):
+            test.after_step()
+
+
+def test_a_model_without_blocks():
+    with pytest.raises(UserError, match="linears attn.qkv, attn.proj, mlp.fc1, mlp.fc2, Linear has none; choose"):
+        Laboratory(torch.nn.Linear(2, 2), TensorDataset(torch.ones(1, 2), torch.ones(1)), torch.device("cpu"))
