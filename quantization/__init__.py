@@ -1,23 +1,29 @@
 """MXFP4 training: number formats, quantizers, the linear layer, Q-EMA, Q-Ramping and measures of oscillation.
 
 Knows nothing of models, data sets or command lines. Imports point one way: formats -> recipe, philox -> reference,
-kernels -> mx, matmul -> linear -> q_ema, oscillation -> ramping.
+kernels -> mx, matmul -> int4 -> linear -> q_ema, oscillation -> ramping.
 """
 
 from .formats import Element, Rounding, Scaling
+from .int4 import Int4Linear, initialise_steps
 from .linear import BLOCK_LINEARS, QuantLinear, quant_linears, set_matmul, swap_linears, weights_quantized_once
 from .matmul import Matmul, has_fp8, take_lost_groups
 from .mx import MXTensor, quantize_mx
 from .oscillation import OSCILLATION_THRESHOLD, PathLengths
 from .q_ema import QEma, plain_rounding
 from .ramping import RampingAdamW, detect_oscillation, update_periods
-from .recipe import RECIPES, Quantizer, Recipe
+from .recipe import BACKWARD, FORWARD, QUANTIZERS, RECIPES, Int4Recipe, Quantizer, Recipe
 
 __all__ = [
+    "BACKWARD",
     "BLOCK_LINEARS",
+    "FORWARD",
     "OSCILLATION_THRESHOLD",
+    "QUANTIZERS",
     "RECIPES",
     "Element",
+    "Int4Linear",
+    "Int4Recipe",
     "MXTensor",
     "Matmul",
     "PathLengths",
@@ -30,6 +36,7 @@ __all__ = [
     "Scaling",
     "detect_oscillation",
     "has_fp8",
+    "initialise_steps",
     "plain_rounding",
     "quant_linears",
     "quantize_mx",

@@ -1,10 +1,11 @@
 """The installed Vision Transformer, whose models take `quant=Recipe`; and one small DeiT.
 
-`quant` swaps the four linears of every transformer block for `quantization.QuantLinear`. Every model that builds on
-the class takes it too, the DeiT family (`timm/models/deit.py`, installed) among them.
+`quant` swaps the four linears of every transformer block for `quantization.QuantLinear`, or for `Int4Linear` with an
+`Int4Recipe`. Every model that builds on the class takes it too, the DeiT family (`timm/models/deit.py`, installed)
+among them.
 """
 
-from quantization import Recipe, swap_linears
+from quantization import Int4Recipe, Recipe, swap_linears
 from timm._overlay import run_installed
 
 run_installed(globals())
@@ -16,7 +17,7 @@ _cfg, _create, _register = (_installed[n] for n in ("_cfg", "_create_vision_tran
 class VisionTransformer(_installed["VisionTransformer"]):
     """The installed class plus `quant`. Raises ValueError if no block has the four linears."""
 
-    def __init__(self, *args, quant: Recipe | None = None, **kwargs) -> None:
+    def __init__(self, *args, quant: Recipe | Int4Recipe | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         if quant is not None:
             swap_linears(self, quant)
