@@ -31,6 +31,8 @@ class TrainStep:
     optimizer: torch.optim.Optimizer
     device: torch.device
     mixup: Mixup | None = None
+    before_update: Callable[[], None] | None = None
+    """Called between the backward pass and the optimizer step."""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the loss and the number of right answers, as tensors on the device."""
@@ -46,6 +48,8 @@ class TrainStep:
                 loss = self.criterion(outputs, targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.before_update is not None:
+            self.before_update()
         self.optimizer.step()
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         wanted = targets.argmax(dim=1) if targets.ndim == 2 else targets

@@ -1,14 +1,17 @@
-"""MXFP4 training: number formats, quantizers, the linear layer, Q-EMA, Q-Ramping and measures of oscillation.
+"""MXFP4 training: number formats, quantizers, the linear layer, measures of oscillation and what answers it; INT4.
 
 Knows nothing of models, data sets or command lines. Imports point one way: formats -> recipe, philox -> reference,
-kernels -> mx, matmul -> int4 -> linear -> q_ema, oscillation -> ramping.
+kernels -> mx, matmul -> int4 -> linear -> q_ema, dampen, freeze, oscillation -> ramping, osci_reset.
 """
 
+from .dampen import Dampen, Reduction
 from .formats import Element, Rounding, Scaling
+from .freeze import Freeze
 from .int4 import Int4Linear, initialise_steps
 from .linear import BLOCK_LINEARS, QuantLinear, quant_linears, set_matmul, swap_linears, weights_quantized_once
 from .matmul import Matmul, has_fp8, take_lost_groups
 from .mx import MXTensor, quantize_mx
+from .osci_reset import OsciReset
 from .oscillation import OSCILLATION_THRESHOLD, PathLengths
 from .q_ema import QEma, plain_rounding
 from .ramping import RampingAdamW, detect_oscillation, update_periods
@@ -21,17 +24,21 @@ __all__ = [
     "OSCILLATION_THRESHOLD",
     "QUANTIZERS",
     "RECIPES",
+    "Dampen",
     "Element",
+    "Freeze",
     "Int4Linear",
     "Int4Recipe",
     "MXTensor",
     "Matmul",
+    "OsciReset",
     "PathLengths",
     "QEma",
     "QuantLinear",
     "Quantizer",
     "RampingAdamW",
     "Recipe",
+    "Reduction",
     "Rounding",
     "Scaling",
     "detect_oscillation",

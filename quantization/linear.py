@@ -434,3 +434,14 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
     """The quantized linears of `model` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def plain_weight_linears(model: nn.Module) -> list[QuantLinear]:
+    """The layers of `model` whose Q2 is the plain quantizer, for what acts on W and Q2(W).
+
+    Raises ValueError if there is none, or if Q-EMA rounds the weights.
+    """
+    layers = [layer for layer in quant_linears(model).values() if layer.recipe.q2.enabled]
+    if not layers or any(layer.recipe.q_ema_beta is not None for layer in layers):
+        raise ValueError("the model must round its weights plainly; build it with a recipe with q2 and without Q-EMA")
+    return layers

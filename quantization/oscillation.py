@@ -42,3 +42,16 @@ class PathLengths:
             layer.weight: torch.where(path > 0, quantized_path / path, 0)
             for layer, path, quantized_path in zip(self._layers, self._weight_paths, self._quantized_paths)
         }
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Where the paths are and how long they were, so that the recording can go on elsewhere."""
+        return {
+            "weights": self._weights,
+            "quantized": self._quantized,
+            "weight_paths": self._weight_paths,
+            "quantized_paths": self._quantized_paths,
+        }
+
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        for name, own in self.state_dict().items():
+            own[:] = [saved.to(tensor.device, copy=True) for tensor, saved in zip(own, state[name], strict=True)]
