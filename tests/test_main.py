@@ -22,6 +22,18 @@ from main import build_parser, main, parse_args, table_row
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ["--quant", "mxfp4", "--epochs", "2", "--batch-size", "360", "--device", "cpu", "--warmup-epochs", "0"]
 ALL = ["--q-ema", "--q-ramping", "--q-ramping-steps", "3"]
+OSCI_RESET = ["--osci-reset", "--osci-reset-start", "0.3", "--osci-reset-interval", "3", "--osci-reset-threshold", "2"]
+RESUMED = {
+    "plain": [],
+    "q-ema": ["--q-ema"],
+    "all": ALL,
+    "mixup": ["--mixup", "0.8", "--cutmix", "1.0"],
+    "ablation": ["--quantizers", "q2,q3", "--scaling", "floor"],
+    "int4": ["--quant", "int4"],
+    "dampen": ["--dampen", "0.1", "--dampen-reduction", "kernel_mean"],
+    "freeze": ["--freeze", "0.002", "--batch-size", "72", "--lr", "0.2"],
+    "osci-reset": OSCI_RESET,  # six steps: a window is open at the end of the first epoch
+}
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +43,17 @@ def in_an_empty_directory(tmp_path, monkeypatch):
 
 def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(a, b) -> bool:
+    """Nested containers of tensors and numbers, equal in every bit that matters; NaN equals NaN."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
 @pytest.fixture
@@ -69,9 +92,9 @@ class TestTraining:
         assert list(Path("out/tensorboard").glob("events.*"))
         assert Path("out/checkpoint.pth").is_file() and Path("out/best_checkpoint.pth").is_file()
 
-    @pytest.mark.parametrize("extra", [[], ["--q-ema"], ALL, ["--mixup", "0.8", "--cutmix", "1.0"]], ids=str)
-    def test_resume_repeats_an_uninterrupted_run_bit_for_bit(self, extra, capsys):
-        arguments = [*TINY, *extra, "--drop-path", "0.2", "--model-ema-decay", "0.9"]
+    @pytest.mark.parametrize("name", RESUMED)
+    def test_resume_repeats_an_uninterrupted_run_bit_for_bit(self, name, capsys):
+        arguments = [*TINY, *RESUMED[name], "--drop-path", "0.2", "--model-ema-decay", "0.9"]
         assert main([*arguments, "--output-dir", "whole"]) == 0
         # The same run, stopped after its first epoch by an interrupt in the second.
         script = (
@@ -94,9 +117,21 @@ class TestTraining:
             assert all(torch.equal(parts[part][k], v) for k, v in whole[part].items())
         for key, state in whole["optimizer"]["state"].items():
             assert all(torch.equal(parts["optimizer"]["state"][key][k], v) for k, v in state.items())
+        assert same(parts["more"], whole["more"]) and (name in ("dampen", "freeze", "osci-reset")) == bool(
+            whole["more"]
+        )
         timing = {"img_per_s"}
         for a, b in zip(lines_of(Path("whole/log.txt")), lines_of(Path("parts/log.txt"))):
             assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+        happened = {"dampen": "dampen_weight", "freeze": "frozen", "osci-reset": "resets"}
+        assert name not in happened or a[happened[name]] > 0
+
+    def test_recipe_switches_make_the_recipe(self, capsys):
+        switches = ["--backward-rounding", "nearest", "--backward-operands", "direct", "--scaling", "floor"]
+        assert main([*TINY, *switches, "--epochs", "1", "--output-dir", "composed"]) == 0
+        assert "recipe  microscaling, multiplied in fp32" in capsys.readouterr().out
+        assert main([*TINY, "--quant", "microscaling", "--eval", "--resume", "composed/checkpoint.pth"]) == 0
+        fails([*TINY, "--epochs", "1", "--resume", "composed/checkpoint.pth"], "recipe: this run has tetrajet", capsys)
 
     def test_resume_auto_starts_where_there_is_nothing(self):
         assert main([*TINY, "--epochs", "1", "--output-dir", "new", "--resume", "auto"]) == 0
@@ -204,6 +239,52 @@ MISTAKES = {
     "q-ema alone": (["--q-ema"], r"--q-ema rounds quantized weights, got --quant none"),
     "q-ramping alone": (["--q-ramping"], r"--q-ramping needs quantized weights, got --quant none"),
     "beta alone": (["--quant", "mxfp4", "--q-ema-beta", "0.9"], r"--q-ema-beta 0.9 has no effect without --q-ema"),
+    "switch of none": (
+        ["--scaling", "floor"],
+        r"--scaling changes an MXFP4 recipe, got --quant none; add",
+    ),
+    "switch of int4": (
+        ["--quant", "int4", "--quantizers", "q1"],
+        r"--quantizers changes an MXFP4 recipe, got --quant int4",
+    ),
+    "unknown quantizer": (
+        ["--quant", "mxfp4", "--quantizers", "q1,w"],
+        r"--quantizers: needs some of q1,q2,q3,q4,q5,q6, got 'w'",
+    ),
+    "no quantizer": (["--quant", "mxfp4", "--quantizers", ""], r"--quantizers: needs some of .* got ''"),
+    "q-ema without q2": (
+        ["--quant", "mxfp4", "--q-ema", "--quantizers", "q1,q3"],
+        r"--q-ema is about weights that q2 quantizes, got --quantizers q1,q3; add q2",
+    ),
+    "freeze without q2": (
+        ["--quant", "mxfp4", "--freeze", "0.01", "--quantizers", "q1"],
+        r"--freeze is about weights that q2",
+    ),
+    "q-ema of int4": (["--quant", "int4", "--q-ema"], r"--q-ema rounds quantized weights, got --quant int4"),
+    "q-ramping of int4": (["--quant", "int4", "--q-ramping"], r"--q-ramping needs quantized weights, got --quant int4"),
+    "dampen alone": (["--dampen", "1"], r"--dampen needs quantized weights, got --quant none; add --quant mxfp4"),
+    "freeze of int4": (["--freeze", "0.01", "--quant", "int4"], r"--freeze needs quantized weights, got --quant int4"),
+    "osci-reset alone": (["--osci-reset"], r"--osci-reset needs quantized weights, got --quant none"),
+    "two answers": (
+        ["--quant", "mxfp4", "--q-ema", "--freeze", "0.01"],
+        r"--q-ema and --freeze answer oscillation each in its own way, no paper joins them; drop one",
+    ),
+    "freeze at one oscillation": (
+        ["--quant", "mxfp4", "--freeze", "0.001"],
+        r"--freeze: needs a number from 0.002 to 0.1, got '0.001'",
+    ),
+    "reduction alone": (
+        ["--quant", "mxfp4", "--dampen-reduction", "sum"],
+        r"--dampen-reduction sum has no effect without --dampen; add it",
+    ),
+    "interval alone": (
+        ["--quant", "mxfp4", "--osci-reset-interval", "5"],
+        r"--osci-reset-interval 5 has no effect without --osci-reset; add it",
+    ),
+    "matmul of int4": (
+        ["--matmul", "bf16", "--quant", "int4"],
+        r"--matmul bf16 multiplies quantized operands, got --quant int4; add",
+    ),
     "matmul alone": (["--matmul", "bf16"], r"--matmul bf16 multiplies quantized operands, got --quant none; add"),
     "fp8 on a cpu": (
         ["--quant", "mxfp4", "--matmul", "fp8", "--device", "cpu"],
@@ -276,6 +357,14 @@ class TestMistakes:
             [*TINY, *ours, "--q-ema"], "same recipe: this run has tetrajet, q_ema_beta=0.998, .* has tetrajet;", capsys
         )
         fails([*TINY, *ours, "--quant", "microscaling"], "same recipe: this run has microscaling", capsys)
+        fails([*TINY, *ours, "--quant", "int4"], "same recipe: this run has int4", capsys)
+        fails(
+            [*TINY, *ours, "--epochs", "1", "--dampen", "0.1"], "same --dampen: this run has 0.1, .* has None", capsys
+        )
+        fails(
+            [*TINY, *ours, "--epochs", "1", "--freeze", "0.1"], "same --freeze: this run has 0.1, .* has None", capsys
+        )
+        fails([*TINY, *ours, "--epochs", "1", *OSCI_RESET], "same --osci-reset: this run has True", capsys)
         fails([*TINY, *ours, "--q-ramping"], "same optimizer: this run has RampingAdamW", capsys)
         fails([*TINY, *ours, "--model", "deit_tiny_patch16_224", "--input-size", "32"], "same model", capsys)
         fails([*TINY, *ours, "--input-size", "16"], "same input size", capsys)
@@ -380,7 +469,9 @@ def test_options_are_these():
         --repeats --aa --color-jitter --reprob --mixup --cutmix --epochs --batch-size --lr --min-lr --warmup-lr
         --warmup-epochs --weight-decay --smoothing --model-ema-decay --seed --distillation-type --distillation-alpha
         --distillation-tau --teacher-model --teacher-path --device --output-dir --resume --eval
-        --matmul --compile""".split()
+        --matmul --compile --quantizers --backward-rounding --backward-operands --scaling --forward-element
+        --backward-element --dampen --dampen-reduction --freeze --osci-reset --osci-reset-interval
+        --osci-reset-threshold --osci-reset-start""".split()
     )
 
 
