@@ -276,9 +276,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.dampen is not None:
         args.dampen_reduction = args.dampen_reduction or Reduction.SUM.value
     if args.osci_reset:
-        defaults = {"osci_reset_threshold": float(OSCILLATION_THRESHOLD), "osci_reset_start": START}
-        for name, default in defaults.items():
-            setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
+        threshold, start = args.osci_reset_threshold, args.osci_reset_start
+        args.osci_reset_threshold = OSCILLATION_THRESHOLD if threshold is None else threshold
+        args.osci_reset_start = START if start is None else start
     own = DEFAULTS | DATA_SETS[args.data_set].options
     if args.model is not None:
         own["input_size"] = None  # the data set's size goes with the data set's model

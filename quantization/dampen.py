@@ -1,7 +1,7 @@
 """Dampening: a loss that pulls every weight towards what it is rounded to.
 
-Nagel et al. 2022, *Overcoming Oscillations in Quantization-Aware Training* (arXiv 2203.11086), section 4.1, and
-appendix of the paper, which compares with it:
+Oscillation dampening of Nagel et al. 2022, *Overcoming Oscillations in Quantization-Aware Training* (arXiv
+2203.11086); the paper compares with it in Tables 3 and 4:
 
     L = L_task + lambda(t) * sum over layers of R(W - Q2(W)),    Q2(W) without gradient
 """

@@ -18,7 +18,7 @@ Where it differs from the official code:
 - Its Hadamard blocks are chosen for every layer by the error on the first batch, among 1, 2, ..., 1024. Here a block
   is 32, their default, or the largest power of two below it that divides D.
 - Its halves are clipped to +-6, which biases values whose lower half rounds to +-7 and the largest gradients. Here
-  both reach +-7, so nothing is clipped and the split is unbiased, as section 4.1 has it.
+  both reach +-7, so nothing is clipped and the split is unbiased, as the paper has it.
 - Its dW in simulation gives every non-zero row the probability 1, which is no sampling. Here dW is sampled like dX.
 
 Shape suffixes: N tokens (all leading axes folded), D input channels, C output channels.
@@ -57,7 +57,7 @@ def first_step_size(x: Tensor) -> Tensor:
 
 
 def split_bits(dy_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """dY as an upper and a lower half (section 4.1): integers in [-7, 7], fp32 [2, N, C], and their units, [2, 1, 1].
+    """dY as an upper and a lower half (section 4): integers in [-7, 7], fp32 [2, N, C], and their units, [2, 1, 1].
 
     The lower unit is max|dY| / 98. The upper half is rounded to nearest, what it leaves stochastically.
     """
@@ -73,7 +73,7 @@ def split_bits(dy_NC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sampling_probabilities(scores: Tensor, budget: int) -> Tensor:
-    """p = min(1, t * score) with t such that p sums to `budget` (section 4.2); fp32, in the shape of `scores`.
+    """p = min(1, t * score) with t such that p sums to `budget` (section 4); fp32, in the shape of `scores`.
 
     If no more than `budget` scores are positive, those get 1. A score of 0 gets 0.
     """
@@ -88,7 +88,7 @@ def sampling_probabilities(scores: Tensor, budget: int) -> Tensor:
 
 
 def sample_rows(halves_2NC: Tensor, units: Tensor, weights_N: Tensor | None) -> Tensor:
-    """An unbiased estimate of dY, [N, C], from N of the 2N rows of its halves on average (section 4.2).
+    """An unbiased estimate of dY, [N, C], from N of the 2N rows of its halves on average (section 4).
 
     A row's probability goes with its length times `weights_N`, the length of the row that it will be multiplied by;
     None where one matrix multiplies all rows. No row is gathered, those left out are multiplied by 0.
