@@ -152,4 +152,4 @@ def _read(path: Path) -> dict:
 
 def _short(value: object) -> str:
     text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= 240 else text[:237] + "..."  # a recipe without a name takes 120 to 230

@@ -1,7 +1,8 @@
 """Iterative freezing: a weight that oscillates too often stays where it was on average.
 
 Iterative weight freezing of Nagel et al. 2022, *Overcoming Oscillations in Quantization-Aware Training* (arXiv
-2203.11086), Algorithm 1; the paper compares with it in Table 4. For the code c of every weight, an integer from -7 to 7, after every optimizer step:
+2203.11086), Algorithm 1; the paper compares with it in Table 4. For the code c of every weight, an integer from -7 to
+7, after every optimizer step:
 
     o = 1 if c changed, and in the direction opposite to its last change, else 0
     f <- m o + (1 - m) f,    c_mean <- m c + (1 - m) c_mean

@@ -8,6 +8,8 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,10 @@ from PIL import Image
 
 import checkpoint
 import timm
-from main import build_parser, main, parse_args, table_row
+from main import build_parser, build_recipe, main, parse_args, table_row
+from quantization import RECIPES, Quantizer, Recipe
 
+TABLE_5 = list(product(("stochastic", "nearest"), ("double", "direct"), ("truncation_free", "floor")))
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ["--quant", "mxfp4", "--epochs", "2", "--batch-size", "360", "--device", "cpu", "--warmup-epochs", "0"]
 ALL = ["--q-ema", "--q-ramping", "--q-ramping-steps", "3"]
@@ -126,12 +130,16 @@ class TestTraining:
         happened = {"dampen": "dampen_weight", "freeze": "frozen", "osci-reset": "resets"}
         assert name not in happened or a[happened[name]] > 0
 
-    def test_recipe_switches_make_the_recipe(self, capsys):
+    def test_a_recipe_made_by_switches_is_the_checkpoints(self, capsys):
         switches = ["--backward-rounding", "nearest", "--backward-operands", "direct", "--scaling", "floor"]
-        assert main([*TINY, *switches, "--epochs", "1", "--output-dir", "composed"]) == 0
+        assert main([*TINY, *switches, "--epochs", "1", "--output-dir", "out"]) == 0
         assert "recipe  microscaling, multiplied in fp32" in capsys.readouterr().out
-        assert main([*TINY, "--quant", "microscaling", "--eval", "--resume", "composed/checkpoint.pth"]) == 0
-        fails([*TINY, "--epochs", "1", "--resume", "composed/checkpoint.pth"], "recipe: this run has tetrajet", capsys)
+        assert main([*TINY, "--quant", "microscaling", "--eval", "--resume", "out/checkpoint.pth"]) == 0
+        capsys.readouterr()
+        wanted = (
+            r"recipe: this run has q1,q2=e2m1/floor/nearest, q3,q4,q5,q6=e2m1/floor/stochastic, double=False, .* has m"
+        )
+        fails([*TINY, *switches[2:], "--resume", "out/checkpoint.pth"], wanted, capsys)
 
     def test_resume_auto_starts_where_there_is_nothing(self):
         assert main([*TINY, "--epochs", "1", "--output-dir", "new", "--resume", "auto"]) == 0
@@ -473,6 +481,28 @@ def test_options_are_these():
         --backward-element --dampen --dampen-reduction --freeze --osci-reset --osci-reset-interval
         --osci-reset-threshold --osci-reset-start""".split()
     )
+
+
+@pytest.mark.parametrize(("rounding", "operands", "scaling"), TABLE_5)
+def test_switches_make_the_rows_of_table_5(rounding, operands, scaling):
+    switches = ["--backward-rounding", rounding, "--backward-operands", operands, "--scaling", scaling]
+    forward, backward = Quantizer(scaling=scaling), Quantizer(scaling=scaling, rounding=rounding)
+    wanted = Recipe(forward, forward, *[backward] * 4, double=operands == "double")
+    for quant in ("mxfp4", "tetrajet", "microscaling"):
+        assert build_recipe(parse_args(["--quant", quant, *switches])) == wanted
+
+
+def test_switches_make_the_other_tables():
+    def made(*switches):
+        return build_recipe(parse_args(["--quant", "mxfp4", *switches]))
+
+    off, e3m0 = Quantizer(enabled=False), Quantizer(element="e3m0")
+    assert made("--quantizers", "q6,q5,q4,q3") == replace(Recipe(), q1=off, q2=off)  # Table 6
+    assert made("--forward-element", "e3m0") == replace(Recipe(), q1=e3m0, q2=e3m0)  # Table 7
+    backward = Quantizer(element="e3m0", rounding="stochastic")
+    assert made("--backward-element", "e3m0") == Recipe(Quantizer(), Quantizer(), *[backward] * 4)
+    assert made("--q-ema", "--quantizers", "q2") == Recipe().with_only(["q2"]).with_q_ema()
+    assert made() == RECIPES["tetrajet"]
 
 
 def test_defaults_are_deits_recipe_on_imagenet():
