@@ -189,8 +189,9 @@ class TestTraining:
         assert a == b != c
 
 
-def test_two_processes_train_alike(capsys):
-    """torchrun with gloo: both ranks hold the same weights, averages and periods at the end."""
+@pytest.mark.parametrize(("extra", "recipe"), [(ALL, ["--q-ema"]), (["--quant", "int4"],) * 2], ids=["all", "int4"])
+def test_two_processes_train_alike(extra, recipe, capsys):
+    """torchrun with gloo: both ranks hold the same weights, averages, periods and step sizes at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -207,7 +208,7 @@ def test_two_processes_train_alike(capsys):
         "sys.exit(main.main(sys.argv[1:]))\n"
     )
     Path("two.py").write_text(script)
-    arguments = [*TINY, *ALL, "--batch-size", "180", "--output-dir", "out"]
+    arguments = [*TINY, *extra, "--batch-size", "180", "--output-dir", "out"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={port}", "two.py"]
     env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=300)
@@ -216,7 +217,7 @@ def test_two_processes_train_alike(capsys):
     assert len(set(hashes[0])) == 2 and hashes[0] == hashes[1]
     log = lines_of(Path("out/log.txt"))
     assert len(log) == 2 and "360 held-out images" in result.stdout
-    assert main([*TINY, "--q-ema", "--eval", "--resume", "out/checkpoint.pth"]) == 0
+    assert main([*TINY, *recipe, "--eval", "--resume", "out/checkpoint.pth"]) == 0
     capsys.readouterr()
 
 
