@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,6 +32,8 @@ class Run:
     epoch: int = 0
     """Epochs done."""
     best_acc1: float = 0.0
+    more: dict[str, object] = field(default_factory=dict)
+    """Further objects with a `state_dict`, by name."""
 
     def save(self, directory: Path, best: bool) -> None:
         """Write the last checkpoint, and the best one too if asked; all processes must call it."""
@@ -49,6 +51,7 @@ class Run:
             "epoch": self.epoch,
             "best_acc1": self.best_acc1,
             "rng": generators,
+            "more": {name: part.state_dict() for name, part in self.more.items()},
         }
         for name in (LAST, BEST) if best else (LAST,):
             temporary = directory / f".{name}.part"
@@ -73,6 +76,8 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.model_ema is not None:
             self.model_ema.load_state_dict(state["model_ema"])
+        for name, part in self.more.items():
+            part.load_state_dict(state["more"][name])
         self.epoch, self.best_acc1 = state["epoch"], state["best_acc1"]
         set_rng_state(state["rng"][distributed.rank()])
 
@@ -118,7 +123,7 @@ def load_weights(model: nn.Module, path: Path, option: str = "--finetune", new_h
         name: value
         for name, value in weights.items()
         if not (new_head and name.startswith("head") and name in own and own[name].shape != value.shape)
-        and not (name.endswith((".weight_ema", ".ema_updates")) and name not in own)
+        and not (name.endswith((".weight_ema", ".ema_updates", ".input_step", ".weight_step")) and name not in own)
     }
     kept = {name for name in own if name.startswith("head") and name not in weights}
     try:
@@ -147,4 +152,4 @@ def _read(path: Path) -> dict:
 
 def _short(value: object) -> str:
     text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= 240 else text[:237] + "..."  # a recipe without a name takes 120 to 230

@@ -32,6 +32,8 @@ class TrainStep:
     optimizer: torch.optim.Optimizer
     device: torch.device
     mixup: Mixup | None = None
+    before_update: Callable[[], None] | None = None
+    """Called after the backward pass, before gradients are clipped and used."""
     clip_grad: float = 0.0
     """Gradients whose norm, over all parameters together, is larger are scaled down to it; 0 leaves them alone.
 
@@ -59,6 +61,10 @@ class TrainStep:
         if self.mixup is not None:
             images, targets = self.mixup(images, labels)
         loss, logits = self._passes(images, targets)
+        if self.before_update is not None:
+            self.before_update()
+        if self.clip_grad > 0:  # on the device alone, and after the ranks have averaged their gradients
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         self.optimizer.step()
         wanted = targets.argmax(dim=1) if targets.ndim == 2 else targets
         return loss, (logits.argmax(dim=1) == wanted).sum()
@@ -72,8 +78,6 @@ class TrainStep:
                 loss = self.criterion(outputs, targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.clip_grad > 0:  # on the device alone, and after the ranks have averaged their gradients
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         return loss.detach(), logits.detach()
 

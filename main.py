@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -28,24 +28,39 @@ import distributed
 import oscillation_log
 import timm
 from datasets import CALIBRATION_ORDER, DATA_SETS, RAND_AUGMENT, DataConfig, Loaders, build_loaders, set_epoch
-from engine import TrainStep, evaluate, train_one_epoch
+from engine import TrainStep, autocast, evaluate, train_one_epoch
 from errors import NonFiniteLoss, UserError
 from laboratory import Laboratory
 from losses import DistillationLoss, base_criterion
 from quantization import (
+    BACKWARD,
+    FORWARD,
     OSCILLATION_THRESHOLD,
+    QUANTIZERS,
     RECIPES,
+    Dampen,
+    Element,
+    Freeze,
+    Int4Linear,
+    Int4Recipe,
     Matmul,
+    OsciReset,
     QEma,
     RampingAdamW,
     Recipe,
+    Reduction,
+    Rounding,
+    Scaling,
     detect_oscillation,
     has_fp8,
+    initialise_steps,
     quant_linears,
     set_matmul,
     take_lost_groups,
     update_periods,
 )
+from quantization.freeze import FIRST_THRESHOLD, MOMENTUM
+from quantization.osci_reset import INTERVAL, START
 from run_log import RunLog, say
 
 # DeiT's recipe (Touvron et al. 2021, Table 9) over the paper's 90 epochs. Models may differ, MODEL_RECIPES, and data
@@ -85,9 +100,15 @@ SAME_ON_RESUME = (
     *("epochs", "batch_size", "lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "model_ema_decay"),
     *("drop_path", "smoothing", "mixup", "cutmix", "aa", "color_jitter", "reprob", "repeats", "data_set", "seed"),
     *("clip_grad", "q_ramping_k1", "q_ramping_k2", "q_ramping_steps"),
+    *("dampen", "dampen_reduction", "freeze"),
+    *("osci_reset", "osci_reset_interval", "osci_reset_threshold", "osci_reset_start"),
     *("distillation_type", "distillation_alpha", "distillation_tau", "teacher_model"),
 )
 Q_EMA_BETA, Q_RAMPING = 0.998, {"q_ramping_k1": 16.0, "q_ramping_k2": 5, "q_ramping_steps": 30}
+RECIPE_SWITCHES = (
+    *("quantizers", "backward_rounding", "backward_operands", "scaling", "forward_element", "backward_element"),
+)
+OSCILLATION_ANSWERS = ("q_ema", "q_ramping", "dampen", "freeze", "osci_reset")
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,6 +137,15 @@ def number(kind: type, low: float, high: float = float("inf"), open_high: bool =
     return parse
 
 
+def quantizer_names(text: str) -> tuple[str, ...]:
+    """An argparse type: some of q1 .. q6, separated by commas."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in QUANTIZERS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"needs some of {','.join(QUANTIZERS)}, got {unknown[0]!r}")
+    return tuple(name for name in QUANTIZERS if name in names)
+
+
 def build_parser() -> Parser:
     positive, count = number(int, 1), number(int, 0)
     amount, share = number(float, 0), number(float, 0, 1)
@@ -132,6 +162,20 @@ def build_parser() -> Parser:
 
     group = parser.add_argument_group("low precision")
     group.add_argument("--quant", choices=RECIPES, default="none", help="recipe of the block linears (default: none)")
+    elements = [e.value for e in Element]
+    group.add_argument(
+        "--quantizers", type=quantizer_names, metavar="q1,q3,...", help="the recipe's quantizers that stay on (all)"
+    )
+    roundings = (Rounding.STOCHASTIC.value, Rounding.NEAREST.value)
+    group.add_argument("--backward-rounding", choices=roundings, help="rounding of q3 to q6 (the recipe's)")
+    group.add_argument(
+        "--backward-operands",
+        choices=("double", "direct"),
+        help="q4 and q6 read the weights and inputs quantized before, or as they are (the recipe's)",
+    )
+    group.add_argument("--scaling", choices=[s.value for s in Scaling], help="scales of all quantizers (the recipe's)")
+    group.add_argument("--forward-element", choices=elements, help="format of q1 and q2 (the recipe's)")
+    group.add_argument("--backward-element", choices=elements, help="format of q3 to q6 (the recipe's)")
     group.add_argument("--q-ema", action="store_true", help="round weights towards their moving average")
     beta = number(float, 0, 1, open_high=True)
     group.add_argument("--q-ema-beta", type=beta, help=f"decay of that average (default: {Q_EMA_BETA})")
@@ -139,6 +183,35 @@ def build_parser() -> Parser:
     group.add_argument("--q-ramping-k1", type=number(float, 1e-6), help="oscillation ratio a period step (default: 16)")
     group.add_argument("--q-ramping-k2", type=count, help="updates a period step (default: 5)")
     group.add_argument("--q-ramping-steps", type=positive, help="steps of a detection (default: 30)")
+    group.add_argument(
+        "--dampen", type=amount, metavar="WEIGHT", help="pull weights to their rounded values (Nagel 2022)"
+    )
+    group.add_argument(
+        "--dampen-reduction",
+        choices=[r.value for r in Reduction],
+        help="of that loss in a layer: all weights' sum, or Nagel et al.'s, over the input channels (default: sum)",
+    )
+    group.add_argument(
+        "--freeze",
+        type=number(float, 2 * MOMENTUM, FIRST_THRESHOLD),
+        metavar="THRESHOLD",
+        help="freeze weights that oscillate more often than this in the end, such as 0.01 (Nagel et al.)",
+    )
+    group.add_argument(
+        "--osci-reset",
+        action="store_true",
+        default=None,
+        help="put oscillating weights where they are rounded to (TetraJet-v2)",
+    )
+    group.add_argument(
+        "--osci-reset-interval", type=positive, help=f"steps (default: {INTERVAL}, but at most a tenth of the run)"
+    )
+    group.add_argument(
+        "--osci-reset-threshold",
+        type=number(float, 1e-6),
+        help=f"oscillation ratio from which to reset (default: {OSCILLATION_THRESHOLD})",
+    )
+    group.add_argument("--osci-reset-start", type=share, help=f"share of the run before the first (default: {START})")
     group.add_argument(
         "--matmul",
         choices=[m.value for m in Matmul],
@@ -218,10 +291,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises UserError for options that contradict one another.
     """
     args = build_parser().parse_args(argv)
-    if args.q_ema and args.quant == "none":
-        raise UserError("--q-ema rounds quantized weights, got --quant none; add --quant mxfp4")
-    if args.q_ramping and args.quant == "none":
-        raise UserError("--q-ramping needs quantized weights, got --quant none; add --quant mxfp4")
+    check_low_precision(args)
     if args.q_ema_beta is not None and not args.q_ema:
         raise UserError(f"--q-ema-beta {args.q_ema_beta} has no effect without --q-ema; add it")
     args.q_ema_beta = Q_EMA_BETA if args.q_ema_beta is None else args.q_ema_beta
@@ -230,6 +300,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if value is not None and not args.q_ramping:
             raise UserError(f"--{name.replace('_', '-')} {value} has no effect without --q-ramping; add it")
         setattr(args, name, default if value is None else value)
+    if args.dampen is not None:
+        args.dampen_reduction = args.dampen_reduction or Reduction.SUM.value
+    if args.osci_reset:
+        threshold, start = args.osci_reset_threshold, args.osci_reset_start
+        args.osci_reset_threshold = OSCILLATION_THRESHOLD if threshold is None else threshold
+        args.osci_reset_start = START if start is None else start
     data_set = DATA_SETS[args.data_set].options
     own = model_recipe(args.model or data_set.get("model", DEFAULTS["model"])) | data_set
     if args.model is not None:
@@ -257,8 +333,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--cuda-graph needs a GPU, got --device cpu; drop one of them")
     if args.cuda_graph and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"--cuda-graph is for one process, got {os.environ['WORLD_SIZE']} by torchrun; drop it")
-    if args.matmul != "auto" and args.quant == "none":
-        raise UserError(f"--matmul {args.matmul} multiplies quantized operands, got --quant none; add --quant mxfp4")
+    if args.matmul != "auto" and args.quant in ("none", "int4"):
+        raise UserError(
+            f"--matmul {args.matmul} multiplies quantized operands, got --quant {args.quant}; add --quant mxfp4"
+        )
     if args.matmul == "fp8" and not has_fp8(torch.device(args.device)):
         raise UserError(
             "--matmul fp8 needs a GPU with FP8 tensor cores (compute capability 8.9 or later), "
@@ -276,9 +354,61 @@ def model_recipe(name: str) -> dict:
     return recipe
 
 
-def build_recipe(args: argparse.Namespace) -> Recipe:
+def check_low_precision(args: argparse.Namespace) -> None:
+    """Raises UserError for options that have nothing to act on, or that exclude one another."""
+    switch = next((name for name in RECIPE_SWITCHES if getattr(args, name) is not None), None)
+    answers = [name for name in OSCILLATION_ANSWERS if getattr(args, name) not in (None, False)]
+    first = f"--{answers[0].replace('_', '-')}" if answers else None
+    if args.quant in ("none", "int4"):
+        if switch:
+            option = f"--{switch.replace('_', '-')}"
+            raise UserError(f"{option} changes an MXFP4 recipe, got --quant {args.quant}; add --quant mxfp4")
+        if answers:
+            verb = "rounds" if args.q_ema else "needs"
+            raise UserError(f"{first} {verb} quantized weights, got --quant {args.quant}; add --quant mxfp4")
+    if len(answers) > 1 and answers != ["q_ema", "q_ramping"]:
+        second = f"--{answers[1].replace('_', '-')}"
+        raise UserError(f"{first} and {second} answer oscillation each in its own way, no paper joins them; drop one")
+    if answers and args.quantizers is not None and "q2" not in args.quantizers:
+        given = ",".join(args.quantizers)
+        raise UserError(f"{first} is about weights that q2 quantizes, got --quantizers {given}; add q2")
+    needed = {"dampen_reduction": "dampen"}
+    needed |= {f"osci_reset_{name}": "osci_reset" for name in ("interval", "threshold", "start")}
+    for name, needs in needed.items():
+        if getattr(args, name) is not None and getattr(args, needs) is None:
+            option, other = (f"--{n.replace('_', '-')}" for n in (name, needs))
+            raise UserError(f"{option} {getattr(args, name)} has no effect without {other}; add it")
+
+
+def build_recipe(args: argparse.Namespace) -> Recipe | Int4Recipe:
     recipe = RECIPES[args.quant]
+    if isinstance(recipe, Int4Recipe):
+        return recipe
+    if args.quantizers is not None:
+        recipe = recipe.with_only(args.quantizers)
+    if args.backward_rounding is not None:
+        recipe = recipe.with_quantizers(BACKWARD, rounding=args.backward_rounding)
+    if args.backward_operands is not None:
+        recipe = replace(recipe, double=args.backward_operands == "double")
+    if args.scaling is not None:
+        recipe = recipe.with_quantizers(QUANTIZERS, scaling=args.scaling)
+    if args.forward_element is not None:
+        recipe = recipe.with_quantizers(FORWARD, element=args.forward_element)
+    if args.backward_element is not None:
+        recipe = recipe.with_quantizers(BACKWARD, element=args.backward_element)
     return recipe.with_q_ema(args.q_ema_beta) if args.q_ema else recipe
+
+
+def build_answer(args: argparse.Namespace, model: nn.Module, total_steps: int) -> Dampen | Freeze | OsciReset | None:
+    """What else than Q-EMA and Q-Ramping the run does about oscillation."""
+    if args.dampen is not None:
+        return Dampen(model, total_steps, args.dampen, args.dampen_reduction)
+    if args.freeze is not None:
+        return Freeze(model, total_steps, args.freeze)
+    if args.osci_reset:
+        start, interval, threshold = args.osci_reset_start, args.osci_reset_interval, args.osci_reset_threshold
+        return OsciReset(model, total_steps, start, interval, threshold)
+    return None
 
 
 def model_input_size(name: str, option: str = "--model") -> int:
@@ -290,7 +420,7 @@ def model_input_size(name: str, option: str = "--model") -> int:
 
 
 def build_model(
-    name: str, num_classes: int, input_size: int, drop_path: float, recipe: Recipe, option: str = "--model"
+    name: str, num_classes: int, input_size: int, drop_path: float, recipe: Recipe | Int4Recipe, option: str = "--model"
 ) -> nn.Module:
     """Raises UserError for a model that cannot be quantized or does not take the input size."""
     own_size = model_input_size(name, option)
@@ -472,6 +602,10 @@ def train(
     identity |= {f"--{name.replace('_', '-')}": getattr(args, name) for name in SAME_ON_RESUME}
     state = checkpoint.load(resume, identity) if resume else None
     criterion = build_criterion(args, model, loaders.num_classes, device)
+    if args.quant == "int4" and state is None:
+        set_epoch(loaders.calibration, data, CALIBRATION_ORDER)
+        with autocast(device):
+            initialise_steps(model, next(iter(loaders.calibration))[0].to(device))
     parallel = model
     if distributed.world_size() > 1:
         # Averages and counters advance alike on every rank, so buffers need no broadcast.
@@ -486,7 +620,9 @@ def train(
     mixup = None
     if args.mixup + args.cutmix > 0:
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=loaders.num_classes)
-    step = TrainStep(parallel, criterion, optimizer, device, mixup, args.clip_grad, args.cuda_graph)
+    answer = build_answer(args, model, args.epochs * len(loaders.train))
+    before_update = answer.add_gradients if isinstance(answer, Dampen) else None
+    step = TrainStep(parallel, criterion, optimizer, device, mixup, before_update, args.clip_grad, args.cuda_graph)
     ramping = None
     if args.q_ramping:
         k1, k2, steps = args.q_ramping_k1, args.q_ramping_k2, args.q_ramping_steps
@@ -494,7 +630,8 @@ def train(
     laboratory = Laboratory(model, loaders.val.dataset, device) if args.track_oscillation else None
     if not distributed.is_main():
         laboratory = None  # the weights are the same everywhere
-    progress = checkpoint.Run(identity, model, optimizer, scheduler, model_ema)
+    more = {} if answer is None else {"oscillation": answer}
+    progress = checkpoint.Run(identity, model, optimizer, scheduler, model_ema, more=more)
     if state is not None:
         progress.restore(state)
         if progress.epoch == args.epochs:
@@ -504,6 +641,8 @@ def train(
     def after_step() -> None:
         if q_ema is not None:
             q_ema.update()
+        if answer is not None:
+            answer.update()
         if model_ema is not None:
             model_ema.update(model)
         if laboratory is not None:
@@ -536,6 +675,7 @@ def train(
                 numbers |= {f"ema_{name}": value for name, value in averaged.items()}
             lost_groups = int(distributed.all_reduce_sum(take_lost_groups(device)).item())
             numbers |= {"n_parameters": num_parameters, "lost_groups": lost_groups, **extra}
+            numbers |= {} if answer is None else answer.numbers()
             is_best = tested["acc1"] > progress.best_acc1
             progress.epoch, progress.best_acc1 = epoch + 1, max(progress.best_acc1, tested["acc1"])
             progress.save(directory, is_best)
@@ -555,10 +695,12 @@ def describe(
 ) -> None:
     """What is about to run, in a few lines."""
     held_out = sum(distributed.gather(len(loaders.val.dataset)))
-    say(f"model   {args.model}: {num_parameters:,} parameters, {len(quant_linears(model))} linears in {args.quant}")
-    fp8 = device.type == "cuda" and args.matmul != "bf16" and has_fp8(device)
+    num_linears = len(quant_linears(model)) + sum(isinstance(module, Int4Linear) for module in model.modules())
+    say(f"model   {args.model}: {num_parameters:,} parameters, {num_linears} linears in {args.quant}")
+    fp8 = device.type == "cuda" and args.quant != "int4" and args.matmul != "bf16" and has_fp8(device)
     arithmetic = ("fp8" if fp8 else "bf16") if device.type == "cuda" else "fp32"
-    say(f"recipe  {recipe}" + (f", multiplied in {arithmetic}" if args.quant != "none" else ""))
+    how = "simulated" if args.quant == "int4" else "multiplied"
+    say(f"recipe  {recipe}" + (f", {how} in {arithmetic}" if args.quant != "none" else ""))
     if args.compile and device.type == "cpu":
         say("note    --compile is for GPUs; on a CPU it takes minutes and gains nothing")
     if args.q_ema and args.q_ramping:

@@ -1,26 +1,38 @@
-"""MXFP4 training: number formats, quantizers, the linear layer, Q-EMA, Q-Ramping and measures of oscillation.
+"""MXFP4 training: number formats, quantizers, the linear layer, measures of oscillation and what answers it; INT4.
 
 Knows nothing of models, data sets or command lines. Imports point one way: formats -> recipe, philox -> reference,
-kernels -> mx, matmul -> linear, latent -> q_ema, oscillation -> ramping.
+kernels -> mx, matmul -> int4 -> linear, latent -> q_ema, dampen, freeze, oscillation -> ramping, osci_reset.
 """
 
+from .dampen import Dampen, Reduction
 from .formats import Element, Rounding, Scaling
+from .freeze import Freeze
+from .int4 import Int4Linear, initialise_steps
 from .latent import confidence, histogram, latent_weight
 from .linear import BLOCK_LINEARS, QuantLinear, quant_linears, set_matmul, swap_linears, weights_quantized_once
 from .matmul import Matmul, has_fp8, take_lost_groups
 from .mx import MXTensor, quantize_mx
+from .osci_reset import OsciReset
 from .oscillation import OSCILLATION_THRESHOLD, OscillationWindow, PathLengths, TensorPath, rate_of_change
 from .q_ema import QEma, plain_rounding
 from .ramping import RampingAdamW, detect_oscillation, update_periods
-from .recipe import RECIPES, Quantizer, Recipe
+from .recipe import BACKWARD, FORWARD, QUANTIZERS, RECIPES, Int4Recipe, Quantizer, Recipe
 
 __all__ = [
+    "BACKWARD",
     "BLOCK_LINEARS",
+    "FORWARD",
     "OSCILLATION_THRESHOLD",
+    "QUANTIZERS",
     "RECIPES",
+    "Dampen",
     "Element",
+    "Freeze",
+    "Int4Linear",
+    "Int4Recipe",
     "MXTensor",
     "Matmul",
+    "OsciReset",
     "OscillationWindow",
     "PathLengths",
     "QEma",
@@ -28,6 +40,7 @@ __all__ = [
     "Quantizer",
     "RampingAdamW",
     "Recipe",
+    "Reduction",
     "Rounding",
     "Scaling",
     "TensorPath",
@@ -35,6 +48,7 @@ __all__ = [
     "detect_oscillation",
     "has_fp8",
     "histogram",
+    "initialise_steps",
     "latent_weight",
     "plain_rounding",
     "quant_linears",

@@ -34,10 +34,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .formats import Fp8, Rounding
-from .matmul import Matmul, has_fp8, lost_counters, multiply
+from .int4 import Int4Linear
+from .matmul import Matmul, has_fp8, lost_counters, matmul_dtype, multiply, output_dtype
 from .mx import backend_for
 from .philox import fresh_keys
-from .recipe import Quantizer, Recipe
+from .recipe import Int4Recipe, Quantizer, Recipe
 from .reference import Operand, Packed
 
 BLOCK_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -45,23 +46,6 @@ BLOCK_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 Q_EMA_START = 10
 """Q-EMA decides roundings from this update of the moving average on (paper Algorithm 1)."""
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    """bf16 for bf16 input or under autocast, else fp32. fp16 lacks the exponent range of MX scales."""
-    if x.dtype == torch.float64:  # which autocast leaves alone
-        return torch.float64
-    if torch.is_autocast_enabled(x.device.type) or x.dtype == torch.bfloat16:
-        return torch.bfloat16
-    return torch.float32
-
-
-def _output_dtype(x: Tensor) -> torch.dtype:
-    """What `nn.Linear` would return."""
-    device_type = x.device.type
-    if x.dtype == torch.float64:
-        return x.dtype
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 @dataclass(frozen=True)
@@ -221,7 +205,7 @@ class _MXLinear(torch.autograd.Function):
         save: bool,
         cache: _WeightCache | None,
     ) -> Tensor:
-        dtype = _matmul_dtype(x)
+        dtype = matmul_dtype(x)
         plan = _Plan(recipe, dtype, lost is not None and dtype == torch.bfloat16, lost)
         q1, q2 = recipe.q1, recipe.q2
         x_ND = x.reshape(-1, x.shape[-1])
@@ -239,7 +223,7 @@ class _MXLinear(torch.autograd.Function):
             if cache is not None:
                 cache.put(made, plan, w_fp8, keep_w_largest, pack)
         w_operand_CD, kept_w, saved_w = made
-        y_NC = multiply(x_operand_ND, w_operand_CD, _output_dtype(x), bias_C)
+        y_NC = multiply(x_operand_ND, w_operand_CD, output_dtype(x), bias_C)
 
         # Codes and scales are tensors of the graph like any other, so activation checkpointing and saved-tensor hooks
         # see them.
@@ -394,10 +378,11 @@ class QuantLinear(nn.Linear):
         return f"{super().extra_repr()}, {self.recipe.describe()}"
 
 
-def swap_linears(model: nn.Module, recipe: Recipe, names: Sequence[str] = BLOCK_LINEARS) -> nn.Module:
+def swap_linears(model: nn.Module, recipe: Recipe | Int4Recipe, names: Sequence[str] = BLOCK_LINEARS) -> nn.Module:
     """Replace, in place, every `nn.Linear` whose qualified name ends in one of `names`; parameters are shared.
 
-    A recipe that quantizes nothing leaves the model as it is. Returns `model`. Raises ValueError if no layer matches.
+    The replacement is a `QuantLinear`, or an `Int4Linear` for an `Int4Recipe`. A recipe that quantizes nothing leaves
+    the model as it is. Returns `model`. Raises ValueError if no layer matches.
     """
     if not recipe.quantizes:
         return model
@@ -410,7 +395,8 @@ def swap_linears(model: nn.Module, recipe: Recipe, names: Sequence[str] = BLOCK_
     ]
     if not found:
         raise ValueError(f"{type(model).__name__} has no linear layer named {', '.join(names)}; pass other names")
-    replacements = {module: QuantLinear.from_linear(module, recipe) for module in map(model.get_submodule, found)}
+    layer_class = Int4Linear if isinstance(recipe, Int4Recipe) else QuantLinear
+    replacements = {module: layer_class.from_linear(module, recipe) for module in map(model.get_submodule, found)}
     for name in found:
         parent, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent)
@@ -448,3 +434,14 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
     """The quantized linears of `model` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def plain_weight_linears(model: nn.Module) -> list[QuantLinear]:
+    """The layers of `model` whose Q2 is the plain quantizer, for what acts on W and Q2(W).
+
+    Raises ValueError if there is none, or if Q-EMA rounds the weights.
+    """
+    layers = [layer for layer in quant_linears(model).values() if layer.recipe.q2.enabled]
+    if not layers or any(layer.recipe.q_ema_beta is not None for layer in layers):
+        raise ValueError("the model must round its weights plainly; build it with a recipe with q2 and without Q-EMA")
+    return layers

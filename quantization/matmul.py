@@ -74,6 +74,23 @@ def take_lost_groups(device: torch.device) -> Tensor:
     return count
 
 
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """bf16 for bf16 input or under autocast, else fp32. fp16 lacks the exponent range of MX scales."""
+    if x.dtype == torch.float64:  # which autocast leaves alone
+        return torch.float64
+    if torch.is_autocast_enabled(x.device.type) or x.dtype == torch.bfloat16:
+        return torch.bfloat16
+    return torch.float32
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """What `nn.Linear` would return."""
+    device_type = x.device.type
+    if x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
 def multiply(a: Operand, b: Operand, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """a @ b.T + bias in `dtype`, accumulated in fp32 (in float64 for float64): [rows of a, rows of b]."""
     if a.scale is None:

@@ -78,6 +78,16 @@ class PathLengths:
             for layer, weight, quantized in zip(self._layers, self._weights, self._quantized)
         }
 
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Where the paths are and how long they were, so that the recording can go on elsewhere."""
+        paths = [*self._weights, *self._quantized]
+        return {"last": [path.last for path in paths], "length": [path.length for path in paths]}
+
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        for path, last, length in zip([*self._weights, *self._quantized], *state.values(), strict=True):
+            path.last.copy_(last)
+            path.length.copy_(length)
+
 
 @dataclass(frozen=True)
 class Trajectory:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
+from itertools import groupby
 
 from .formats import Element, Rounding, Scaling
 
@@ -26,6 +28,11 @@ class Quantizer:
     def describe(self) -> str:
         return f"{self.element.value}/{self.scaling.value}/{self.rounding.value}" if self.enabled else "off"
 
+
+FORWARD = ("q1", "q2")
+BACKWARD = ("q3", "q4", "q5", "q6")
+QUANTIZERS = FORWARD + BACKWARD
+"""Names of a recipe's quantizers."""
 
 _NEAREST = Quantizer()
 _STOCHASTIC = Quantizer(rounding=Rounding.STOCHASTIC)
@@ -58,7 +65,7 @@ class Recipe:
     """Decay of the weights' moving average if Q-EMA rounds them in Q2 (paper section 5), None for plain Q2."""
 
     def __post_init__(self) -> None:
-        for name in ("q1", "q2", "q3", "q4", "q5", "q6"):
+        for name in QUANTIZERS:
             if getattr(self, name).rounding is Rounding.EMA:
                 raise ValueError(f"EMA rounding belongs to Q2 alone, got it for {name}; set q_ema_beta instead")
         if self.q_ema_beta is not None:
@@ -70,19 +77,33 @@ class Recipe:
     @property
     def quantizes(self) -> bool:
         """False if every quantizer is off, so that the layer is an ordinary linear layer."""
-        return any(q.enabled for q in (self.q1, self.q2, self.q3, self.q4, self.q5, self.q6))
+        return any(getattr(self, name).enabled for name in QUANTIZERS)
 
     def with_q_ema(self, beta: float = 0.998) -> Recipe:
         """This recipe with Q-EMA in Q2; beta = 0.998 is the paper's default."""
         return replace(self, q_ema_beta=beta)
 
+    def with_quantizers(self, names: Iterable[str], **changes) -> Recipe:
+        """This recipe with fields of the named quantizers changed: `with_quantizers(BACKWARD, rounding="nearest")`.
+
+        Raises ValueError for a name that is not one of q1 .. q6.
+        """
+        return replace(self, **{name: replace(getattr(self, name), **changes) for name in _checked(names)})
+
+    def with_only(self, names: Iterable[str]) -> Recipe:
+        """This recipe with all quantizers off but the named ones (paper Tables 1 and 6).
+
+        Raises ValueError for a name that is not one of q1 .. q6, and where Q-EMA would lose its Q2.
+        """
+        return self.with_quantizers(set(QUANTIZERS) - set(_checked(names)), enabled=False)
+
     def describe(self) -> str:
-        """One line: the recipe's name, or what each quantizer does where it has none."""
+        """One line: the recipe's name, or what its quantizers do where it has none."""
         plain = replace(self, q_ema_beta=None)
         text = next((name for name, recipe in RECIPES.items() if recipe == plain and name != "mxfp4"), None)
         if text is None:
-            quantizers = (f"q{i}={getattr(self, f'q{i}').describe()}" for i in range(1, 7))
-            text = ", ".join((*quantizers, f"double={self.double}"))
+            runs = groupby(QUANTIZERS, key=lambda name: getattr(self, name).describe())
+            text = ", ".join((*(f"{','.join(names)}={what}" for what, names in runs), f"double={self.double}"))
         return text if self.q_ema_beta is None else f"{text}, q_ema_beta={self.q_ema_beta}"
 
     def to_dict(self) -> dict:
@@ -90,13 +111,47 @@ class Recipe:
         return asdict(self, dict_factory=lambda items: {k: v.value if isinstance(v, Enum) else v for k, v in items})
 
 
+def _checked(names: Iterable[str]) -> tuple[str, ...]:
+    names = tuple(names)
+    unknown = [name for name in names if name not in QUANTIZERS]
+    if unknown:
+        raise ValueError(f"a quantizer is one of {', '.join(QUANTIZERS)}, got {unknown[0]!r}")
+    return names
+
+
+@dataclass(frozen=True)
+class Int4Recipe:
+    """INT4 per tensor of Xi et al. 2023 (arXiv 2306.11987), the paper's other baseline: see `int4.py`.
+
+    Raises ValueError for a block size that is not a power of two.
+    """
+
+    hadamard_size: int = 32
+    """Largest block of the Hadamard transform; 1 for none."""
+    sampling: bool = True
+    """Leverage-score sampling of half the rows of the split gradients. False: all of them."""
+
+    def __post_init__(self) -> None:
+        if self.hadamard_size < 1 or self.hadamard_size & (self.hadamard_size - 1):
+            raise ValueError(f"hadamard_size must be a power of two, got {self.hadamard_size}")
+
+    @property
+    def quantizes(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        """One line."""
+        return f"int4, hadamard_size={self.hadamard_size}, sampling={self.sampling}"
+
+
 _TETRAJET = Recipe()
 
-RECIPES: dict[str, Recipe] = {
+RECIPES: dict[str, Recipe | Int4Recipe] = {
     "none": Recipe(*[_OFF] * 6),
     "mxfp4": _TETRAJET,
     "tetrajet": _TETRAJET,
     "microscaling": Recipe(*[_MICROSCALING] * 6, double=False),
+    "int4": Int4Recipe(),
 }
 """Named recipes. `mxfp4` and `tetrajet` are one recipe; `microscaling` is the paper's baseline (Eq. 6-7): floor
-scaling, nearest rounding also in the backward pass, and Q4 and Q6 that read W and X."""
+scaling, nearest rounding also in the backward pass, and Q4 and Q6 that read W and X; `int4` is its INT4 baseline."""

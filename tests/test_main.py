@@ -9,6 +9,8 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,25 @@ import laboratory
 import main as program
 import oscillation_log
 import timm
-from main import build_parser, main, parse_args, table_row
+from main import build_parser, build_recipe, main, parse_args, table_row
+from quantization import RECIPES, Quantizer, Recipe
 
+TABLE_5 = list(product(("stochastic", "nearest"), ("double", "direct"), ("truncation_free", "floor")))
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ["--quant", "mxfp4", "--epochs", "2", "--batch-size", "360", "--device", "cpu", "--warmup-epochs", "0"]
 ALL = ["--q-ema", "--q-ramping", "--q-ramping-steps", "3"]
+OSCI_RESET = ["--osci-reset", "--osci-reset-start", "0.3", "--osci-reset-interval", "3", "--osci-reset-threshold", "2"]
+RESUMED = {
+    "plain": [],
+    "q-ema": ["--q-ema"],
+    "all": ALL,
+    "mixup": ["--mixup", "0.8", "--cutmix", "1.0"],
+    "ablation": ["--quantizers", "q2,q3", "--scaling", "floor"],
+    "int4": ["--quant", "int4"],
+    "dampen": ["--dampen", "0.1", "--dampen-reduction", "kernel_mean"],
+    "freeze": ["--freeze", "0.002", "--batch-size", "72", "--lr", "0.2"],
+    "osci-reset": OSCI_RESET,  # six steps: a window is open at the end of the first epoch
+}
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +51,17 @@ def in_an_empty_directory(tmp_path, monkeypatch):
 
 def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(a, b) -> bool:
+    """Nested containers of tensors and numbers, equal in every bit that matters; NaN equals NaN."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
 @pytest.fixture
@@ -73,9 +100,9 @@ class TestTraining:
         assert list(Path("out/tensorboard").glob("events.*"))
         assert Path("out/checkpoint.pth").is_file() and Path("out/best_checkpoint.pth").is_file()
 
-    @pytest.mark.parametrize("extra", [[], ["--q-ema"], ALL, ["--mixup", "0.8", "--cutmix", "1.0"]], ids=str)
-    def test_resume_repeats_an_uninterrupted_run_bit_for_bit(self, extra, capsys):
-        arguments = [*TINY, *extra, "--drop-path", "0.2", "--model-ema-decay", "0.9"]
+    @pytest.mark.parametrize("name", RESUMED)
+    def test_resume_repeats_an_uninterrupted_run_bit_for_bit(self, name, capsys):
+        arguments = [*TINY, *RESUMED[name], "--drop-path", "0.2", "--model-ema-decay", "0.9"]
         assert main([*arguments, "--output-dir", "whole"]) == 0
         # The same run, stopped after its first epoch by an interrupt in the second.
         script = (
@@ -98,9 +125,25 @@ class TestTraining:
             assert all(torch.equal(parts[part][k], v) for k, v in whole[part].items())
         for key, state in whole["optimizer"]["state"].items():
             assert all(torch.equal(parts["optimizer"]["state"][key][k], v) for k, v in state.items())
+        assert same(parts["more"], whole["more"]) and (name in ("dampen", "freeze", "osci-reset")) == bool(
+            whole["more"]
+        )
         timing = {"img_per_s"}
         for a, b in zip(lines_of(Path("whole/log.txt")), lines_of(Path("parts/log.txt"))):
             assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+        happened = {"dampen": "dampen_weight", "freeze": "frozen", "osci-reset": "resets"}
+        assert name not in happened or a[happened[name]] > 0
+
+    def test_a_recipe_made_by_switches_is_the_checkpoints(self, capsys):
+        switches = ["--backward-rounding", "nearest", "--backward-operands", "direct", "--scaling", "floor"]
+        assert main([*TINY, *switches, "--epochs", "1", "--output-dir", "out"]) == 0
+        assert "recipe  microscaling, multiplied in fp32" in capsys.readouterr().out
+        assert main([*TINY, "--quant", "microscaling", "--eval", "--resume", "out/checkpoint.pth"]) == 0
+        capsys.readouterr()
+        wanted = (
+            r"recipe: this run has q1,q2=e2m1/floor/nearest, q3,q4,q5,q6=e2m1/floor/stochastic, double=False, .* has m"
+        )
+        fails([*TINY, *switches[2:], "--resume", "out/checkpoint.pth"], wanted, capsys)
 
     def test_resume_auto_starts_where_there_is_nothing(self):
         assert main([*TINY, "--epochs", "1", "--output-dir", "new", "--resume", "auto"]) == 0
@@ -250,8 +293,9 @@ def digest(value) -> str:
     return found.hexdigest()
 
 
-def test_two_processes_train_alike(capsys):
-    """torchrun with gloo: both ranks hold the same weights, averages and periods at the end."""
+@pytest.mark.parametrize(("extra", "recipe"), [(ALL, ["--q-ema"]), (["--quant", "int4"],) * 2], ids=["all", "int4"])
+def test_two_processes_train_alike(extra, recipe, capsys):
+    """torchrun with gloo: both ranks hold the same weights, averages, periods and step sizes at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -269,7 +313,7 @@ def test_two_processes_train_alike(capsys):
     )
     Path("two.py").write_text(script)
     options = ["--clip-grad", "0.5", "--batch-size", "180", "--output-dir", "out", "--track-oscillation"]
-    arguments = [*TINY, *ALL, *options]
+    arguments = [*TINY, *extra, *options]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={port}", "two.py"]
     env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=300)
@@ -280,7 +324,7 @@ def test_two_processes_train_alike(capsys):
     assert [r.epoch for r in measured if (r.measure.value, r.where) == ("rate_w", "all")] == [0, 1]
     log = lines_of(Path("out/log.txt"))
     assert len(log) == 2 and "360 held-out images" in result.stdout
-    assert main([*TINY, "--q-ema", "--eval", "--resume", "out/checkpoint.pth"]) == 0
+    assert main([*TINY, *recipe, "--eval", "--resume", "out/checkpoint.pth"]) == 0
     capsys.readouterr()
 
 
@@ -316,6 +360,52 @@ MISTAKES = {
     "q-ema alone": (["--q-ema"], r"--q-ema rounds quantized weights, got --quant none"),
     "q-ramping alone": (["--q-ramping"], r"--q-ramping needs quantized weights, got --quant none"),
     "beta alone": (["--quant", "mxfp4", "--q-ema-beta", "0.9"], r"--q-ema-beta 0.9 has no effect without --q-ema"),
+    "switch of none": (
+        ["--scaling", "floor"],
+        r"--scaling changes an MXFP4 recipe, got --quant none; add",
+    ),
+    "switch of int4": (
+        ["--quant", "int4", "--quantizers", "q1"],
+        r"--quantizers changes an MXFP4 recipe, got --quant int4",
+    ),
+    "unknown quantizer": (
+        ["--quant", "mxfp4", "--quantizers", "q1,w"],
+        r"--quantizers: needs some of q1,q2,q3,q4,q5,q6, got 'w'",
+    ),
+    "no quantizer": (["--quant", "mxfp4", "--quantizers", ""], r"--quantizers: needs some of .* got ''"),
+    "q-ema without q2": (
+        ["--quant", "mxfp4", "--q-ema", "--quantizers", "q1,q3"],
+        r"--q-ema is about weights that q2 quantizes, got --quantizers q1,q3; add q2",
+    ),
+    "freeze without q2": (
+        ["--quant", "mxfp4", "--freeze", "0.01", "--quantizers", "q1"],
+        r"--freeze is about weights that q2",
+    ),
+    "q-ema of int4": (["--quant", "int4", "--q-ema"], r"--q-ema rounds quantized weights, got --quant int4"),
+    "q-ramping of int4": (["--quant", "int4", "--q-ramping"], r"--q-ramping needs quantized weights, got --quant int4"),
+    "dampen alone": (["--dampen", "1"], r"--dampen needs quantized weights, got --quant none; add --quant mxfp4"),
+    "freeze of int4": (["--freeze", "0.01", "--quant", "int4"], r"--freeze needs quantized weights, got --quant int4"),
+    "osci-reset alone": (["--osci-reset"], r"--osci-reset needs quantized weights, got --quant none"),
+    "two answers": (
+        ["--quant", "mxfp4", "--q-ema", "--freeze", "0.01"],
+        r"--q-ema and --freeze answer oscillation each in its own way, no paper joins them; drop one",
+    ),
+    "freeze at one oscillation": (
+        ["--quant", "mxfp4", "--freeze", "0.001"],
+        r"--freeze: needs a number from 0.002 to 0.1, got '0.001'",
+    ),
+    "reduction alone": (
+        ["--quant", "mxfp4", "--dampen-reduction", "sum"],
+        r"--dampen-reduction sum has no effect without --dampen; add it",
+    ),
+    "interval alone": (
+        ["--quant", "mxfp4", "--osci-reset-interval", "5"],
+        r"--osci-reset-interval 5 has no effect without --osci-reset; add it",
+    ),
+    "matmul of int4": (
+        ["--matmul", "bf16", "--quant", "int4"],
+        r"--matmul bf16 multiplies quantized operands, got --quant int4; add",
+    ),
     "matmul alone": (["--matmul", "bf16"], r"--matmul bf16 multiplies quantized operands, got --quant none; add"),
     "fp8 on a cpu": (
         ["--quant", "mxfp4", "--matmul", "fp8", "--device", "cpu"],
@@ -397,6 +487,14 @@ class TestMistakes:
             [*TINY, *ours, "--q-ema"], "same recipe: this run has tetrajet, q_ema_beta=0.998, .* has tetrajet;", capsys
         )
         fails([*TINY, *ours, "--quant", "microscaling"], "same recipe: this run has microscaling", capsys)
+        fails([*TINY, *ours, "--quant", "int4"], "same recipe: this run has int4", capsys)
+        fails(
+            [*TINY, *ours, "--epochs", "1", "--dampen", "0.1"], "same --dampen: this run has 0.1, .* has None", capsys
+        )
+        fails(
+            [*TINY, *ours, "--epochs", "1", "--freeze", "0.1"], "same --freeze: this run has 0.1, .* has None", capsys
+        )
+        fails([*TINY, *ours, "--epochs", "1", *OSCI_RESET], "same --osci-reset: this run has True", capsys)
         fails([*TINY, *ours, "--q-ramping"], "same optimizer: this run has RampingAdamW", capsys)
         fails([*TINY, *ours, "--model", "deit_tiny_patch16_224", "--input-size", "32"], "same model", capsys)
         fails([*TINY, *ours, "--input-size", "16"], "same input size", capsys)
@@ -502,8 +600,32 @@ def test_options_are_these():
         --repeats --aa --color-jitter --reprob --mixup --cutmix --epochs --batch-size --lr --min-lr --warmup-lr
         --warmup-epochs --weight-decay --smoothing --model-ema-decay --seed --distillation-type --distillation-alpha
         --distillation-tau --teacher-model --teacher-path --device --output-dir --resume --eval
-        --matmul --compile --cuda-graph --clip-grad --track-oscillation""".split()
+        --matmul --compile --cuda-graph --clip-grad --track-oscillation --quantizers --backward-rounding
+        --backward-operands --scaling --forward-element --backward-element --dampen --dampen-reduction --freeze
+        --osci-reset --osci-reset-interval --osci-reset-threshold --osci-reset-start""".split()
     )
+
+
+@pytest.mark.parametrize(("rounding", "operands", "scaling"), TABLE_5)
+def test_switches_make_the_rows_of_table_5(rounding, operands, scaling):
+    switches = ["--backward-rounding", rounding, "--backward-operands", operands, "--scaling", scaling]
+    forward, backward = Quantizer(scaling=scaling), Quantizer(scaling=scaling, rounding=rounding)
+    wanted = Recipe(forward, forward, *[backward] * 4, double=operands == "double")
+    for quant in ("mxfp4", "tetrajet", "microscaling"):
+        assert build_recipe(parse_args(["--quant", quant, *switches])) == wanted
+
+
+def test_switches_make_the_other_tables():
+    def made(*switches):
+        return build_recipe(parse_args(["--quant", "mxfp4", *switches]))
+
+    off, e3m0 = Quantizer(enabled=False), Quantizer(element="e3m0")
+    assert made("--quantizers", "q6,q5,q4,q3") == replace(Recipe(), q1=off, q2=off)  # Table 6
+    assert made("--forward-element", "e3m0") == replace(Recipe(), q1=e3m0, q2=e3m0)  # Table 7
+    backward = Quantizer(element="e3m0", rounding="stochastic")
+    assert made("--backward-element", "e3m0") == Recipe(Quantizer(), Quantizer(), *[backward] * 4)
+    assert made("--q-ema", "--quantizers", "q2") == Recipe().with_only(["q2"]).with_q_ema()
+    assert made() == RECIPES["tetrajet"]
 
 
 def test_defaults_are_deits_recipe_on_imagenet():

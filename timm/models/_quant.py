@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantization import BLOCK_LINEARS, Recipe, swap_linears
+from quantization import BLOCK_LINEARS, Int4Recipe, Recipe, swap_linears
 
 
 class TakesQuant:
@@ -13,7 +13,7 @@ class TakesQuant:
 
     quant_names: tuple[str, ...] = BLOCK_LINEARS
 
-    def __init__(self, *args, quant: Recipe | None = None, **kwargs) -> None:
+    def __init__(self, *args, quant: Recipe | Int4Recipe | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         if quant is not None:
             swap_linears(self, quant, self.quant_names)

@@ -1,7 +1,8 @@
 """The installed Vision Transformer, whose models take `quant=Recipe`; and one small DeiT.
 
-`quant` swaps the four linears of every transformer block for `quantization.QuantLinear`. Every model that builds on
-the class takes it too, the DeiT family (`timm/models/deit.py`, installed) among them.
+`quant` swaps the four linears of every transformer block for `quantization.QuantLinear`, or for `Int4Linear` with an
+`Int4Recipe`. Every model that builds on the class takes it too, the DeiT family (`timm/models/deit.py`, installed)
+among them.
 """
 
 from timm._overlay import run_installed
