@@ -48,11 +48,21 @@ def choose(kind: str, name: str, choices: list[str]) -> None:
         raise UserError(f"{kind} must be one of {', '.join(choices)}; got {name!r}, did you mean {' or '.join(near)}?")
 
 
+def find_data(protocol: Protocol, name: str, given: Path | None) -> Path | None:
+    """Where the protocol's data is: `given`, or the environment's DATA_PATH. Raises UserError for a path in vain."""
+    if protocol.data_set == "DIGITS":
+        if given is not None:
+            raise UserError(f"--protocol {name} needs no files, got --data-path {given}; leave it out")
+        return None
+    path = given or os.environ.get("DATA_PATH")
+    return Path(path).resolve() if path else None
+
+
 def check_data(protocol: Protocol, name: str, path: Path | None) -> None:
     """Raises UserError if main.py could not open the protocol's data."""
-    from datasets import DataConfig, build_loaders
+    from datasets import DATA_SETS, DataConfig, build_loaders
 
-    if protocol.data_set != "DIGITS" and path is None:
+    if DATA_SETS[protocol.data_set].needs_path and path is None:
         raise UserError(
             f"--protocol {name} needs {protocol.data_set}'s files; set DATA_PATH or give --data-path, see the README"
         )
@@ -71,8 +81,7 @@ def reproduce(args: argparse.Namespace) -> int:
     protocol = PROTOCOLS[args.protocol]
     names = [name for name in TARGETS if name in args.targets or "all" in args.targets or not args.targets]
     out = (args.out or Path("runs/reproduce") / args.protocol).resolve()
-    path = args.data_path or (Path(os.environ["DATA_PATH"]) if os.environ.get("DATA_PATH") else None)
-    path = path and path.resolve()
+    path = find_data(protocol, args.protocol, args.data_path)
 
     # Their imports take seconds, which a mistake in the command should not.
     from reproduction import report, runner, runs

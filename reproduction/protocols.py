@@ -16,7 +16,6 @@ class Tuning:
     """Nagel et al. 2022's weight, in their reduction."""
     freeze: str = "--freeze 0.01"
     """Nagel et al. 2022's final threshold for 4-bit weights."""
-    osci_reset: str = "--osci-reset"
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,7 @@ _SMOKE = Setup(
     options="--input-size 4 --warmup-epochs 0",
     tuning=Tuning(q_ramping_detection="--q-ramping-steps 3"),
 )
-_SMALL = Setup(
-    "deit_nano_patch4_32",
-    global_batch=1024,
-    lr=1e-3,
-    tuning=Tuning(osci_reset="--osci-reset --osci-reset-interval 200"),
-)
+_SMALL = Setup("deit_nano_patch4_32", global_batch=1024, lr=1e-3)
 PROTOCOLS: dict[str, Protocol] = {
     "smoke": Protocol(
         "scikit-learn's digits at 4 px, 2 epochs of 5 steps: shows that every row runs and nothing about accuracy",

@@ -30,67 +30,53 @@ def read_metric(metric: Metric, directory: Path) -> float:
 
 
 def write_reports(names: list[str], protocol_name: str, protocol: Protocol, out: Path) -> list[Path]:
-    """`out`/NAME.md for each of `names`, the figures among them drawn, and `out`/results.md with every target."""
+    """`out`/NAME.md for each of `names` and `out`/results.md with every target; figures that have their runs."""
     found = existing(out)
-    texts = {}
-    for name, target in TARGETS.items():
-        if name in names and not target.metrics:
-            draw(name, target, protocol, found, out)
-        texts[name] = describe(name, target, protocol, found, out)
-    head = f"# Results: `--protocol {protocol_name}`\n\n{protocol.description}. {HOW}"
-    written = []
-    for name in names:
-        written.append(out / f"{name}.md")
-        written[-1].write_text(f"{head}\n\n{texts[name]}", encoding="utf-8")
-    written.append(out / "results.md")
-    written[-1].write_text("\n".join((f"{head}\n", *texts.values())), encoding="utf-8")
-    return written
-
-
-def draw(name: str, target: Target, protocol: Protocol, found: Existing, out: Path) -> None:
-    """`out`/NAME.png, if every curve has a run."""
-    curves = _curves(target, protocol, found)
-    if all(curves.values()):
-        from reproduction.figures import FIGURES  # matplotlib takes a second, and tables do without
-
-        FIGURES[name](curves, out / f"{name}.png")
-
-
-def _curves(target: Target, protocol: Protocol, found: Existing) -> dict[str, list[Path]]:
-    setup = next(iter(columns(target, protocol).values()))
-    runs = {row.label: run_of(target, row, setup, protocol) for row in target.rows}
-    return {label: [d / OSCILLATION for d in found.directories(run).values()] for label, run in runs.items()}
+    texts = {name: describe(name, target, protocol, found, out) for name, target in TARGETS.items()}
+    head = f"# Results: `--protocol {protocol_name}`\n\n{protocol.description}. {HOW}\n\n"
+    reports = {out / f"{name}.md": texts[name] for name in names} | {out / "results.md": "\n".join(texts.values())}
+    for path, text in reports.items():
+        path.write_text(head + text, encoding="utf-8")
+    return list(reports)
 
 
 def describe(name: str, target: Target, protocol: Protocol, found: Existing, out: Path) -> str:
-    """One target's section: a table for each model, or the figure; commands; where the runs ran."""
+    """One target's section: a table for each model, or the figure, which is drawn; commands; where the runs ran."""
     parts = [f"## {target.title}"] + [target.note] * bool(target.note)
-    shown = columns(target, protocol)
     missing = [model for model in target.models if model not in protocol.setups]
     if missing:
         parts.append(f"Not in this protocol: {', '.join(missing)}.")
     commands, environments = [], Counter()
-    for model, setup in shown.items():
+    for model, setup in columns(target, protocol).items():
         runs = {row.label: run_of(target, row, setup, protocol) for row in target.rows}
         directories = {label: found.directories(run) for label, run in runs.items()}
         parts.append(f"### {setup.model}" + (f" (the paper: {model})" if target.metrics else ""))
         if target.metrics:
-            parts.append(
-                table(target, model, directories, {label for label, run in runs.items() if found.started(run)})
-            )
-        elif all(directories.values()):
-            seeds = ", ".join(f"{label}: n = {len(places)}" for label, places in directories.items())
-            parts.append(f"![{target.title}]({name}.png)\n\n{seeds}.")
+            started = {label for label, run in runs.items() if found.started(run)}
+            parts.append(table(target, model, directories, started))
         else:
-            parts.append("Not run: " + ", ".join(label for label, places in directories.items() if not places) + ".")
-        for label, run in runs.items():
-            commands.append(f"- {label}: `{_command(run, directories[label])}`")
+            parts.append(figure(name, target, directories, out))
+        commands += [f"- {label}: `{_command(run, directories[label])}`" for label, run in runs.items()]
         for place in {place for places in directories.values() for place in places.values()}:
-            environments.update("; ".join(f"{k} {v}" for k, v in e.items()) for e in read_record(place)["environments"])
-    parts.append("Commands, of the first seed:\n\n" + "\n".join(commands))
-    ran = "\n".join(f"- {count} runs: {text}" for text, count in environments.most_common()) or "- nothing has run"
-    parts.append(f"Where they ran:\n\n{ran}")
+            environments.update(tuple(e.items()) for e in read_record(place)["environments"])
+    commands = "\n".join(commands)
+    parts.append(f"<details><summary>Commands</summary>\n\n{commands}\n\n</details>")
+    ran = (f"- {count} runs: {', '.join(f'{k} {v}' for k, v in e)}" for e, count in environments.most_common())
+    parts.append("Where they ran:\n\n" + ("\n".join(ran) or "- nothing has run"))
     return "\n\n".join(parts) + "\n"
+
+
+def figure(name: str, target: Target, directories: dict[str, dict[int, Path]], out: Path) -> str:
+    """Draws `out`/NAME.png if every curve has a run; returns how it stands in the report."""
+    missing = [label for label, places in directories.items() if not places]
+    if missing:
+        return f"Not run: {', '.join(missing)}."
+    from reproduction.figures import FIGURES  # matplotlib takes a second, which tables do without
+
+    curves = {label: [place / OSCILLATION for place in places.values()] for label, places in directories.items()}
+    FIGURES[name](curves, out / f"{name}.png")
+    seeds = ", ".join(f"{label}: n = {len(paths)}" for label, paths in curves.items())
+    return f"![{target.title}]({name}.png)\n\n{seeds}."
 
 
 def _command(run: Run, directories: dict[int, Path]) -> str:

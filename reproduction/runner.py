@@ -90,8 +90,12 @@ class Job:
 @contextlib.contextmanager
 def exclusive(out: Path) -> Iterator[None]:
     """Makes `out`. Raises UserError if another process works there, since both would train the same runs."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"--out must be a directory that can be written, got {out} ({error})") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

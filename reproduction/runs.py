@@ -156,8 +156,11 @@ class Existing:
         return dict(sorted(found.items()))
 
     def started(self, run: Run) -> bool:
-        """Whether some seed of the configuration was, finished or not."""
-        return any(configuration == run.configuration for configuration, _ in self.runs)
+        """Whether some seed of it was, finished or not."""
+        return any(
+            configuration == run.configuration and any(record["tracked"] or not run.tracked for record, _ in places)
+            for (configuration, _), places in self.runs.items()
+        )
 
 
 def existing(out: Path) -> Existing:

@@ -17,7 +17,7 @@ MICROSCALING = "--quant microscaling"
 TETRAJET = "--quant tetrajet"
 DAMPEN = f"{TETRAJET} {{dampen}}"
 FREEZE = f"{TETRAJET} {{freeze}}"
-OSCI_RESET = f"{TETRAJET} {{osci_reset}}"
+OSCI_RESET = f"{TETRAJET} --osci-reset"
 
 
 def q_ema(beta: float | str = "{q_ema_beta}") -> str:
