@@ -35,7 +35,9 @@ def build_parser() -> Parser:
     parser.add_argument("--seeds", type=at_least_one, metavar="N", help="seeds 0 .. N-1 (default: the protocol's)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/reproduce/PROTOCOL")
     parser.add_argument("--data-path", type=Path, metavar="DIR", help="default: the environment's DATA_PATH")
-    parser.add_argument("--jobs", type=at_least_one, metavar="N", help="runs at once (default: one a GPU)")
+    parser.add_argument(
+        "--jobs", type=at_least_one, metavar="N", help="runs at once (default: one a GPU, else up to 4)"
+    )
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     parser.add_argument("--report-only", action="store_true", help="write the reports of the runs that are there")
     return parser
@@ -95,6 +97,8 @@ def reproduce(args: argparse.Namespace) -> int:
     if not args.list:
         check_data(protocol, args.protocol, path)
     machine = runner.this_machine(args.jobs, protocol.torchrun)
+    if protocol.torchrun and not machine.gpus and not args.list:
+        raise UserError(f"--protocol {args.protocol} needs a GPU, PyTorch finds none; smoke runs on a CPU")
     processes = max(1, len(machine.slot_gpus(0, protocol.torchrun)))
     commands = {run: run.command(processes, str(path or runs.DATA_PATH)) for run in planned}
     waiting = runs.remaining(planned, out)

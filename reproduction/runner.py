@@ -52,16 +52,16 @@ def this_machine(jobs: int | None, torchrun: bool) -> Machine:
     gpus = tuple(visible.split(",")[:count] if visible else map(str, range(count)))
     if jobs is None:
         jobs = 1 if torchrun and gpus else len(gpus) or min(os.cpu_count() or 1, 4)
-    return Machine(gpus, jobs, environment(len(gpus)))
+    return Machine(gpus, jobs, environment())
 
 
-def environment(gpus: int) -> dict[str, str]:
-    """What a reader needs to know of where a run ran."""
+def environment() -> dict[str, str]:
+    """What a reader needs to know of where a run ran; of several GPUs, the first one's name."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True).stdout
     return {
-        "device": f"{gpus} x {torch.cuda.get_device_name()}" if gpus else _cpu_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": importlib.metadata.version("timm"),
@@ -110,10 +110,11 @@ def start(run: Run, out: Path, slot: int, machine: Machine, data_path: Path | No
     processes = max(1, len(gpus))
     command = executable(run.command(processes, str(data_path)))
     directory.mkdir(exist_ok=True)
-    write_record(run, directory, run.command(processes), machine.environment)
-    env = dict(os.environ)
+    env, where = dict(os.environ), machine.environment
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        where = where | {"device": f"{len(gpus)} x {where['device']}"}
+    write_record(run, directory, run.command(processes), where)
     if processes > 1 or machine.jobs > 1:  # torch takes every core for itself
         threads = max(1, (os.cpu_count() or 1) // (processes * machine.jobs))
         env.setdefault("OMP_NUM_THREADS", str(threads))
@@ -146,8 +147,9 @@ def execute(runs: list[Run], done: int, out: Path, machine: Machine, data_path: 
                     slots.append(job.slot)
                     failed += not _report(job, bar)
                     bar.update()
-                epochs = (f"{job.run.epochs_done(job.directory)}/{job.run.protocol.epochs}" for job in active)
-                bar.set_postfix_str("epochs " + ", ".join(epochs) if active else "")
+                if bar.fp.isatty():
+                    epochs = (f"{job.run.epochs_done(job.directory)}/{job.run.protocol.epochs}" for job in active)
+                    bar.set_postfix_str("epochs " + ", ".join(epochs) if active else "")
                 time.sleep(0.5)
         finally:
             stop(active)
