@@ -47,7 +47,7 @@ def test_untouched_names_are_the_installed_releases_own():
         [sys.executable, "-c", listing], cwd=INSTALLED.parent, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert timm.__version__ == out[0]
-    assert set(timm.list_models()) - set(out[1].split()) == {"deit_micro_patch4_32"}
+    assert set(timm.list_models()) - set(out[1].split()) == {"deit_micro_patch4_32", "deit_nano_patch4_32"}
     assert set(out[1].split()) <= set(timm.list_models())
     for module, names in zip(modules, out[2:], strict=True):
         assert set(names.split()) <= set(vars(sys.modules[module]))
@@ -67,6 +67,7 @@ def test_untouched_names_are_the_installed_releases_own():
         ("deit3_small_patch16_224", 384, 12),
         ("vit_tiny_patch16_224", 192, 12),
         ("deit_micro_patch4_32", 128, 2),
+        ("deit_nano_patch4_32", 64, 6),
     ],
 )
 def test_which_linears_change_and_which_stay(name, dim, depth):

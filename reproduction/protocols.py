@@ -1,0 +1,89 @@
+"""On what to train, and for how long. Edit the numbers here, nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `targets.py` leaves open, as it stands in main.py's options."""
+
+    q_ema_beta: float = 0.998
+    q_ramping_k2: int = 5
+    q_ramping_detection: str = "--q-ramping-steps 30"
+    dampen: str = "--dampen 0.1 --dampen-reduction kernel_mean"
+    """Nagel et al. 2022's weight, in their reduction."""
+    freeze: str = "--freeze 0.01"
+    """Nagel et al. 2022's final threshold for 4-bit weights."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a protocol trains one of the paper's models."""
+
+    model: str
+    """A name for --model."""
+    global_batch: int
+    """Images a step over all processes."""
+    lr: float
+    """--lr, at a global batch of 512."""
+    options: str = ""
+    tuning: Tuning = field(default_factory=Tuning)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    description: str
+    data_set: str
+    epochs: int
+    seeds: int
+    """How many seeds by default."""
+    setups: dict[str, Setup] = field(hash=False)
+    """By the paper's name of the model. Models with one setup share one column, those without any have none."""
+    options: str = ""
+    torchrun: bool = False
+    """Whether a run takes all GPUs of its job, or one."""
+
+
+# 1,437 images are 5 steps of 287. At 4 px an image is one patch, so that 2 epochs take seconds on a CPU. An epoch of
+# its own for Q-Ramping, whose first detection comes after the first one.
+_SMOKE = Setup(
+    "deit_micro_patch4_32",
+    global_batch=287,
+    lr=3.5e-3,
+    options="--input-size 4 --warmup-epochs 0",
+    tuning=Tuning(q_ramping_detection="--q-ramping-steps 3"),
+)
+_SMALL = Setup("deit_nano_patch4_32", global_batch=1024, lr=1e-3)
+PROTOCOLS: dict[str, Protocol] = {
+    "smoke": Protocol(
+        "scikit-learn's digits at 4 px, 2 epochs of 5 steps: shows that every row runs and nothing about accuracy",
+        data_set="DIGITS",
+        epochs=2,
+        seeds=1,
+        setups={name: _SMOKE for name in ("DeiT-T", "DeiT-S", "DeiT-B", "Swin-T", "Swin-S")},
+    ),
+    "small": Protocol(
+        "Fashion-MNIST at 32 px, 40 epochs, a DeiT 64 wide with 6 blocks",
+        data_set="FASHION",
+        epochs=40,
+        seeds=3,
+        setups={name: _SMALL for name in ("DeiT-T", "DeiT-S", "DeiT-B")},
+        options="--num-workers 8",
+    ),
+    "imagenet": Protocol(
+        "ImageNet-1k at 224 px, 90 epochs, the paper's models, batch sizes and tuned parameters",
+        data_set="IMNET",
+        epochs=90,
+        seeds=1,
+        setups={
+            "DeiT-T": Setup("deit_tiny_patch16_224", 1024, 5e-4, tuning=Tuning(0.9983)),
+            "DeiT-S": Setup("deit_small_patch16_224", 1024, 5e-4, tuning=Tuning(0.9972)),
+            "DeiT-B": Setup("deit_base_patch16_224", 512, 2.5e-4, tuning=Tuning(0.999)),
+            "Swin-T": Setup("swin_tiny_patch4_window7_224", 1024, 5e-4, tuning=Tuning(0.9975, q_ramping_k2=3)),
+            "Swin-S": Setup("swin_small_patch4_window7_224", 1024, 5e-4, tuning=Tuning(0.998, q_ramping_k2=4)),
+        },
+        torchrun=True,
+    ),
+}

@@ -1,0 +1,150 @@
+"""Numbers in the reports, against runs whose logs are written here by the functions that write them in training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import oscillation_log
+from errors import UserError
+from oscillation_log import Measure
+from reproduction.protocols import PROTOCOLS
+from reproduction.report import spread, write_reports
+from reproduction.runs import OSCILLATION, RECORD, Run, columns, existing, read_log, run_of, write_record
+from reproduction.targets import TARGETS
+
+SMOKE = PROTOCOLS["smoke"]
+DAMPEN = "+ Dampen (Nagel et al. 2022)"
+ENVIRONMENT = {"device": "1 x abacus", "torch": "2.8"}
+
+
+def run_for(table: str, label: str, seed: int = 0) -> Run:
+    target = TARGETS[table]
+    row = next(row for row in target.rows if row.label == label)
+    return run_of(target, row, columns(target, SMOKE)["DeiT-T"], SMOKE, seed)
+
+
+def finish(out: Path, run: Run, acc1: float, epochs: int = 2, environment: dict | None = None) -> Path:
+    """A run's directory: `acc1` in its last epoch, a better one before."""
+    directory = out / run.name
+    directory.mkdir()
+    write_record(run, directory, run.command(), environment or ENVIRONMENT)
+    epochs_ = [{"epoch": epoch, "test_acc1": acc1 + (epochs - 1 - epoch), "test_acc5": 99.0} for epoch in range(epochs)]
+    (directory / "log.txt").write_text("".join(json.dumps(numbers) + "\n" for numbers in epochs_))
+    return directory
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def test_spread():
+    assert spread([60.0], ".2f") == "60.00 (n = 1)"
+    # Mean 2, deviations -1, 0 and 1: the sample variance is 2 / 2.
+    assert spread([1.0, 2.0, 3.0], "+.2f") == "+2.00 +- 1.00 (n = 3)"
+
+
+def test_mean_last_epoch_and_differences_of_the_same_seeds(tmp_path):
+    for seed, (plain, mx) in enumerate(((60.0, 61.0), (62.0, 65.0), (64.0, None))):
+        finish(tmp_path, run_for("table2", "TetraJet", seed), plain)
+        if mx is not None:
+            finish(tmp_path, run_for("table2", "Microscaling", seed), mx)
+    finish(tmp_path, run_for("table2", "full precision"), 70.0, epochs=1)
+    written = write_reports(["table2"], "smoke", SMOKE, tmp_path)
+    assert written == [tmp_path / "table2.md", tmp_path / "results.md"]
+    lines = lines_of(tmp_path / "table2.md")
+    assert "### deit_micro_patch4_32 (the paper: DeiT-T)" in lines and "Reference: TetraJet." in lines
+    assert "| TetraJet | 59.75 |  | 62.00 +- 2.00 (n = 3) |  |" in lines
+    # Seeds 0 and 1 have both: 1 and 3, whose mean is 2 and sample deviation the root of 2.
+    assert "| Microscaling | 58.56 | -1.19 | 63.00 +- 2.83 (n = 2) | +2.00 +- 1.41 (n = 2) |" in lines
+    assert "| full precision | 63.73 | +3.98 | not finished |  |" in lines
+    assert "| TetraJet + Q-EMA | 60.00 | +0.25 | not run |  |" in lines
+    assert "- 5 runs: device 1 x abacus, torch 2.8" in lines
+    assert f"- TetraJet: `{' '.join(run_for('table2', 'TetraJet').command())}`" in lines
+    results = (tmp_path / "results.md").read_text()
+    assert all(f"## {target.title}" in results for target in TARGETS.values())
+    # Table 5's first and last rows are these runs too.
+    assert "| nearest, direct, floor | 58.56 | -1.19 | 63.00 +- 2.83 (n = 2) |" in results
+
+
+def test_two_metrics_side_by_side(tmp_path):
+    finish(tmp_path, run_for("table5", "stochastic, double, truncation-free"), 50.0)
+    finish(tmp_path, run_for("table5", "nearest, direct, floor"), 48.5)
+    write_reports(["table5"], "smoke", SMOKE, tmp_path)
+    assert (
+        "| nearest, direct, floor | 58.56 | -1.19 | 48.50 (n = 1) | -1.50 (n = 1) "
+        "| 81.92 | -0.75 | 99.00 (n = 1) | +0.00 (n = 1) |"
+    ) in lines_of(tmp_path / "table5.md")
+
+
+def test_rates_are_the_last_epochs_and_a_tracked_run_serves_accuracy_too(tmp_path):
+    tracked = run_for("table3", "TetraJet + Dampen")
+    assert tracked.tracked and tracked.configuration == run_for("table4", DAMPEN).configuration
+    plain = finish(tmp_path, run_for("table4", DAMPEN), 50.0)
+    directory = finish(tmp_path, tracked, 60.0)
+    assert tracked.name != plain.name and not tracked.finished(directory)  # its csv is missing
+    csv = directory / OSCILLATION
+    oscillation_log.start(csv, 0)
+    for epoch, rate in ((0, 0.5), (1, 0.00321)):
+        rows = [
+            (Measure.RATE_QUANTIZED, "all", rate),
+            (Measure.RATE_QUANTIZED, "blocks.0.attn.qkv", 9.0),
+            (Measure.RATE_OUTPUT, "blocks.1", 10 * rate),
+            (Measure.RATE_WEIGHT, "all", 7.0),
+        ]
+        oscillation_log.append(csv, [oscillation_log.Row(epoch, 5, 5, m, where, None, v) for m, where, v in rows])
+    assert tracked.finished(directory)
+    found = existing(tmp_path)
+    assert found.directories(tracked) == found.directories(run_for("table4", DAMPEN)) == {0: directory}
+    write_reports(["table3", "table4"], "smoke", SMOKE, tmp_path)
+    assert (
+        "| TetraJet + Dampen | 0.0044 | -0.0001 | 0.0032 (n = 1) |  | 0.0394 | -0.0007 | 0.0321 (n = 1) |  |"
+        in lines_of(tmp_path / "table3.md")
+    )
+    assert f"| {DAMPEN} | 59.75 | +0.00 | 60.00 (n = 1) |  |" in lines_of(tmp_path / "table4.md")
+
+
+def test_an_untracked_run_gives_no_rates(tmp_path):
+    finish(tmp_path, run_for("table2", "TetraJet"), 50.0)
+    write_reports(["table3", "fig6"], "smoke", SMOKE, tmp_path)
+    assert "| TetraJet | 0.0045 |  | not run |  | 0.0401 |  | not run |  |" in lines_of(tmp_path / "table3.md")
+    assert "Not run: TetraJet, TetraJet + Dampen, TetraJet + Q-Ramping, TetraJet + Q-EMA." in lines_of(
+        tmp_path / "fig6.md"
+    )
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_runs_of_another_protocol_are_not_ours(tmp_path):
+    run = run_for("table2", "TetraJet")
+    finish(tmp_path, replace(run, protocol=replace(SMOKE, epochs=3)), 50.0, epochs=3)
+    write_reports(["table2"], "smoke", SMOKE, tmp_path)
+    assert "| TetraJet | 59.75 |  | not run |  |" in lines_of(tmp_path / "table2.md")
+
+
+def test_both_environments_of_a_run_that_went_on_elsewhere(tmp_path):
+    run = run_for("table2", "TetraJet")
+    directory = finish(tmp_path, run, 50.0)
+    write_record(run, directory, run.command(), {"device": "1 x slide rule"})
+    write_record(run, directory, run.command(), ENVIRONMENT)
+    write_reports(["table2"], "smoke", SMOKE, tmp_path)
+    lines = lines_of(tmp_path / "table2.md")
+    assert "- 1 runs: device 1 x abacus, torch 2.8" in lines and "- 1 runs: device 1 x slide rule" in lines
+
+
+def test_a_line_cut_short_is_no_epoch(tmp_path):
+    run = run_for("table2", "TetraJet")
+    directory = finish(tmp_path, run, 50.0)
+    log = directory / "log.txt"
+    log.write_text(log.read_text()[:-5])
+    assert len(read_log(directory)) == 1 and not run.finished(directory)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    directory = finish(tmp_path, run_for("table2", "TetraJet"), 50.0)
+    for text in ("", "[]", "{}"):
+        (directory / RECORD).write_text(text)
+        with pytest.raises(UserError, match=rf"{directory.name} must hold a run of this program.* move the directory"):
+            existing(tmp_path)
