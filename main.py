@@ -622,7 +622,16 @@ def train(
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=loaders.num_classes)
     answer = build_answer(args, model, args.epochs * len(loaders.train))
     before_update = answer.add_gradients if isinstance(answer, Dampen) else None
-    step = TrainStep(parallel, criterion, optimizer, device, mixup, before_update, args.clip_grad, args.cuda_graph)
+    step = TrainStep(
+        parallel,
+        criterion,
+        optimizer,
+        device,
+        mixup=mixup,
+        before_update=before_update,
+        clip_grad=args.clip_grad,
+        cuda_graph=args.cuda_graph,
+    )
     ramping = None
     if args.q_ramping:
         k1, k2, steps = args.q_ramping_k1, args.q_ramping_k2, args.q_ramping_steps

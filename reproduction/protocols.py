@@ -55,7 +55,11 @@ _SMOKE = Setup(
     options="--input-size 4 --warmup-epochs 0",
     tuning=Tuning(q_ramping_detection="--q-ramping-steps 3"),
 )
-_SMALL = Setup("deit_nano_patch4_32", global_batch=1024, lr=1e-3)
+# Mixup and CutMix keep a model of this size from learning the images by heart, so that precision shows: at 20 epochs,
+# two seeds, Microscaling lost 2.0 points with them and 0.9 without. 3,744 steps are many of Q-EMA's horizons (500).
+_SMALL = Setup(
+    "deit_nano_patch4_32", global_batch=256, lr=1e-3, options="--mixup 0.8 --cutmix 1.0 --smoothing 0.1 --cuda-graph"
+)
 PROTOCOLS: dict[str, Protocol] = {
     "smoke": Protocol(
         "scikit-learn's digits at 4 px, 2 epochs of 5 steps: shows that every row runs and nothing about accuracy",
@@ -65,12 +69,12 @@ PROTOCOLS: dict[str, Protocol] = {
         setups={name: _SMOKE for name in ("DeiT-T", "DeiT-S", "DeiT-B", "Swin-T", "Swin-S")},
     ),
     "small": Protocol(
-        "Fashion-MNIST at 32 px, 40 epochs, a DeiT 64 wide with 6 blocks",
+        "Fashion-MNIST at 32 px, 16 epochs with Mixup and CutMix, a DeiT 64 wide with 6 blocks, on a GPU",
         data_set="FASHION",
-        epochs=40,
+        epochs=16,
         seeds=3,
         setups={name: _SMALL for name in ("DeiT-T", "DeiT-S", "DeiT-B")},
-        options="--num-workers 8",
+        options="--num-workers 3",
     ),
     "imagenet": Protocol(
         "ImageNet-1k at 224 px, 90 epochs, the paper's models, batch sizes and tuned parameters",

@@ -17,7 +17,7 @@ OPTIMIZERS = [torch.optim.AdamW, RampingAdamW]
 def build(optimizer: type[torch.optim.Optimizer], clip_grad: float, device: torch.device) -> TrainStep:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).to(device)
-    return TrainStep(model, nn.CrossEntropyLoss(), optimizer(model.parameters(), lr=0.1), device, None, clip_grad)
+    return TrainStep(model, nn.CrossEntropyLoss(), optimizer(model.parameters(), lr=0.1), device, clip_grad=clip_grad)
 
 
 @pytest.fixture
