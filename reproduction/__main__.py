@@ -97,7 +97,7 @@ def reproduce(args: argparse.Namespace) -> int:
     if not args.list:
         check_data(protocol, args.protocol, path)
     machine = runner.this_machine(args.jobs, protocol.torchrun)
-    if protocol.torchrun and not machine.gpus and not args.list:
+    if protocol.needs_gpu and not machine.gpus and not args.list:
         raise UserError(f"--protocol {args.protocol} needs a GPU, PyTorch finds none; smoke runs on a CPU")
     processes = max(1, len(machine.slot_gpus(0, protocol.torchrun)))
     commands = {run: run.command(processes, str(path or runs.DATA_PATH)) for run in planned}

@@ -44,6 +44,7 @@ class Protocol:
     options: str = ""
     torchrun: bool = False
     """Whether a run takes all GPUs of its job, or one."""
+    needs_gpu: bool = True
 
 
 # 1,437 images are 5 steps of 287. At 4 px an image is one patch, so that 2 epochs take seconds on a CPU. An epoch of
@@ -67,6 +68,7 @@ PROTOCOLS: dict[str, Protocol] = {
         epochs=2,
         seeds=1,
         setups={name: _SMOKE for name in ("DeiT-T", "DeiT-S", "DeiT-B", "Swin-T", "Swin-S")},
+        needs_gpu=False,
     ),
     "small": Protocol(
         "Fashion-MNIST at 32 px, 16 epochs with Mixup and CutMix, a DeiT 64 wide with 6 blocks, on a GPU",
