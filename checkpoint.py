@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,12 +13,20 @@ import torch
 from torch import nn
 
 import distributed
+from engine import EpochSums
 from errors import UserError
 from quantization.snapshot import rng_state, set_rng_state
+from run_log import say
 
 FORMAT = "tetrajet-checkpoint"
-VERSION = 1
+VERSION = 2
 LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
+EARLIER = re.compile(r"earlier_checkpoint_([1-9]\d*)\.pth")  # 1 is the one before the last
+PARTS = ("identity", "model", "optimizer", "scheduler", "epoch", "best_acc1", "rng", "sums", "more", "within")
+
+
+class Damaged(UserError):
+    """The file is none of our checkpoints, or no longer one."""
 
 
 @dataclass
@@ -34,13 +44,31 @@ class Run:
     best_acc1: float = 0.0
     more: dict[str, object] = field(default_factory=dict)
     """Further objects with a `state_dict`, by name."""
+    sums: EpochSums = field(default_factory=EpochSums)
+    """Of the epoch that has begun."""
+    within: dict[str, object] = field(default_factory=dict)
+    """Objects of the main process with a `state_dict` that matters within an epoch only."""
+    keep: int = 2
+    """How many of the last checkpoints stay, beside the best."""
 
-    def save(self, directory: Path, best: bool) -> None:
+    def save(self, directory: Path, best: bool = False) -> None:
         """Write the last checkpoint, and the best one too if asked; all processes must call it."""
-        generators = distributed.gather(rng_state())
+        state = self._state()
         if not distributed.is_main():
             return
-        state = {
+        if best:  # first: the last checkpoint says that the best one is there
+            write(state, directory / BEST)
+        write(state, directory / LAST, self.keep)
+
+    def save_best(self, directory: Path) -> None:
+        """Write the best checkpoint alone; all processes must call it."""
+        state = self._state()
+        if distributed.is_main():
+            write(state, directory / BEST)
+
+    def _state(self) -> dict:
+        generators, sums = zip(*distributed.gather((rng_state(), self.sums.state_dict())))
+        return {
             "format": FORMAT,
             "version": VERSION,
             "identity": self.identity,
@@ -50,13 +78,11 @@ class Run:
             "model_ema": None if self.model_ema is None else self.model_ema.state_dict(),
             "epoch": self.epoch,
             "best_acc1": self.best_acc1,
-            "rng": generators,
+            "rng": list(generators),
+            "sums": list(sums),
             "more": {name: part.state_dict() for name, part in self.more.items()},
+            "within": {name: part.state_dict() for name, part in self.within.items()} if self.sums.steps else {},
         }
-        for name in (LAST, BEST) if best else (LAST,):
-            temporary = directory / f".{name}.part"
-            torch.save(state, temporary)
-            os.replace(temporary, directory / name)  # a reader sees the old file or the new one, never half of one
 
     def restore(self, state: dict) -> None:
         """Go on from `state`, which `load` returned. Raises UserError if this run has another number of processes."""
@@ -78,8 +104,73 @@ class Run:
             self.model_ema.load_state_dict(state["model_ema"])
         for name, part in self.more.items():
             part.load_state_dict(state["more"][name])
+        for name, part in self.within.items():
+            if name in state["within"]:
+                part.load_state_dict(state["within"][name])
         self.epoch, self.best_acc1 = state["epoch"], state["best_acc1"]
+        self.sums = EpochSums(**state["sums"][distributed.rank()])
         set_rng_state(state["rng"][distributed.rank()])
+
+
+def write(state: dict, path: Path, keep: int = 1) -> None:
+    """Put `state` into `path`, and the `keep` - 1 files that were there before into earlier_checkpoint_1.pth and so on.
+
+    A reader, and who comes after a crash of program or machine, finds the old files or the new ones, never half of
+    one; between two renames `path` may be missing, but not the one before it.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        torch.save(state, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # PyTorch's, where the disk is full
+            raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}; is the disk full?") from error
+        raise
+    if keep > 1 and zipfile.is_zipfile(path):  # what was cut short is not worth a place
+        for number in range(keep - 1, 1, -1):
+            if (earlier := _earlier(path, number - 1)).is_file():
+                os.replace(earlier, _earlier(path, number))
+        os.replace(path, _earlier(path, 1))
+    os.replace(temporary, path)
+    if path.name == LAST:
+        for extra in _all_earlier(path.parent)[keep - 1 :]:
+            extra.unlink()
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new names
+    finally:
+        os.close(directory)
+
+
+def find_all(directory: Path) -> list[Path]:
+    """The last checkpoint of a run and those before it, the newest first."""
+    return [path for path in (directory / LAST, *_all_earlier(directory)) if path.is_file()]
+
+
+def _earlier(path: Path, number: int) -> Path:
+    return path.with_name(f"earlier_{path.stem}_{number}{path.suffix}")
+
+
+def _all_earlier(directory: Path) -> list[Path]:
+    found = [(int(match[1]), path) for path in directory.glob("*.pth") if (match := EARLIER.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def load_newest(paths: list[Path], identity: dict) -> tuple[Path, dict]:
+    """`load` of the first of `paths` that is an intact checkpoint; says so where that is not the first of all.
+
+    Raises UserError if none is, or if it is of a run whose `identity` differs.
+    """
+    for path, following in zip(paths, [*paths[1:], None]):
+        try:
+            return path, load(path, identity)
+        except Damaged:
+            if following is None:
+                raise
+            say(f"note    {path} is damaged or not ours; going on from the one before, {following}")
+    raise ValueError("need at least one path, got none")
 
 
 def load(path: Path, identity: dict) -> dict:
@@ -87,15 +178,15 @@ def load(path: Path, identity: dict) -> dict:
 
     Raises UserError for a file that is missing, unreadable, not ours, or of a run whose `identity` differs.
     """
-    state = _read(path)
+    state = _read(path, whole=True)
     if state.get("format") != FORMAT or state.get("version") != VERSION:
-        raise UserError(
+        raise Damaged(
             f"--resume needs a checkpoint of this program, version {VERSION}; {path} is none. "
             "Weights of a stock model go to --finetune"
         )
     theirs = state.get("identity")
-    if not isinstance(theirs, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"--resume found {path} damaged, parts of it are missing; give another file")
+    if not isinstance(theirs, dict) or not isinstance(state.get("model"), dict) or not all(p in state for p in PARTS):
+        raise Damaged(f"--resume found {path} damaged, parts of it are missing; give another file")
     different = [name for name in identity if identity[name] != theirs.get(name)]
     if different:
         name = different[0]
@@ -136,17 +227,22 @@ def load_weights(model: nn.Module, path: Path, option: str = "--finetune", new_h
         raise UserError(f"{option} {path} does not fit the model: {what}; choose the model that it was made for")
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path, whole: bool = False) -> dict:
+    """`whole`: every byte is compared with the file's checksums, which PyTorch writes but does not read."""
     if not path.is_file():
         raise UserError(f"a checkpoint must be a file, got {path}, which is none")
     try:
+        if whole:
+            with zipfile.ZipFile(path) as archive:
+                if (name := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of foreign pickle protocols
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever unpickling foreign bytes may raise
-        raise UserError(f"{path} is not a readable checkpoint: damaged, or of another program; give another") from error
+        raise Damaged(f"{path} is not a readable checkpoint: damaged, or of another program; give another") from error
     if not isinstance(state, dict):
-        raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}; give another file")
+        raise Damaged(f"{path} is not a checkpoint: it holds a {type(state).__name__}; give another file")
     return state
 
 

@@ -23,8 +23,10 @@ from torchvision import datasets as tv_datasets
 from torchvision import transforms as T
 
 import distributed
+from epoch_order import EpochBatches, PlannedBatches
 from errors import UserError
 from fractals import fractal_images
+from interrupts import leave_to_parent
 
 SMALL_IMAGE = 32  # up to this input size an image is cropped by a few pixels, not resized at random
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # DeiT's choice
@@ -190,34 +192,39 @@ def build_loaders(config: DataConfig) -> Loaders:
             sampler = RepeatAugSampler(train, num_repeats=config.repeats, **sampler_options)
         else:
             sampler = DistributedSampler(train, **sampler_options)
-        return _loader(train, config, sampler=sampler, drop_last=True)
+        batches = EpochBatches(sampler, config.batch_size, drop_last=True)
+        return _loader(PlannedBatches(train), config, batch_sampler=batches)
 
     loader = train_loader()
     if len(loader) == 0:
         raise UserError(
-            f"an epoch must hold at least one batch: {config.name} gives {len(loader.sampler)} training images to a "
-            f"process, --batch-size is {config.batch_size}; lower --batch-size or --repeats"
+            f"an epoch must hold at least one batch: {config.name} gives {len(loader.batch_sampler.sampler)} training "
+            f"images to a process, --batch-size is {config.batch_size}; lower --batch-size or --repeats"
         )
     val_share = Subset(val, range(distributed.rank(), len(val), distributed.world_size()))
     return Loaders(loader, _loader(val_share, config), train_loader(), num_classes)
 
 
-def set_epoch(loader: DataLoader, config: DataConfig, epoch: int) -> None:
-    """Make the order of a training loader, and its workers' randomness, a function of seed and `epoch`."""
+def set_epoch(loader: DataLoader, config: DataConfig, epoch: int, first: int = 0) -> None:
+    """Make the order of a training loader, and its augmentation, a function of seed and `epoch`.
+
+    It begins with batch `first`, as it is in the whole epoch.
+    """
     order = config.seed * 2 * CALIBRATION_ORDER + epoch
-    loader.sampler.set_epoch(order)
-    loader.generator.manual_seed(order * distributed.world_size() + distributed.rank())
+    loader.batch_sampler.set_epoch(order, distributed.rank(), first)
 
 
-def _loader(dataset: Dataset, config: DataConfig, **options) -> DataLoader:
-    if isinstance(getattr(dataset, "dataset", dataset), ArrayImages):  # batches already, also those of a Subset
+def _loader(dataset: Dataset, config: DataConfig, batch_sampler: EpochBatches | None = None) -> DataLoader:
+    """In order, in batches of the configured size, unless there is a `batch_sampler`."""
+    options = {"batch_size": config.batch_size} if batch_sampler is None else {"batch_sampler": batch_sampler}
+    if isinstance(dataset, PlannedBatches) or isinstance(dataset.dataset, ArrayImages):  # batches already
         options["collate_fn"] = _as_it_is
     return DataLoader(
         dataset,
-        batch_size=config.batch_size,
         num_workers=config.num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        worker_init_fn=leave_to_parent,
         **options,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -87,44 +87,66 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+@dataclass
+class EpochSums:
+    """What an epoch adds up to so far, on this process."""
+
+    steps: int = 0
+    images: int = 0
+    totals: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    """Loss over images, right answers."""
+    seconds: float = 0.0
+    lost_groups: int = 0
+    extra: dict[str, float] = field(default_factory=dict)
+    """Numbers for the log that were known before the first step."""
+
+    def state_dict(self) -> dict:
+        return vars(self) | {"totals": self.totals.cpu()}
+
+
 def train_one_epoch(
     step: TrainStep,
     loader: DataLoader,
     epoch: int,
     num_epochs: int,
     after_step: Callable[[], None],
+    sums: EpochSums | None = None,
 ) -> dict[str, float]:
     """Train on every batch of `loader`, calling `after_step` after each; returns the epoch's means over all ranks.
 
+    `sums` are those of the batches that `loader` begins after; each step is in them when `after_step` is called.
     Raises NonFiniteLoss, naming epoch, step and learning rate, within `CHECK_EVERY` steps of such a loss.
     """
     step.model.train()
     lr = max(group["lr"] for group in step.optimizer.param_groups)
-    totals = torch.zeros(2, device=step.device, dtype=torch.float64)  # loss, right answers
-    seen = 0
+    sums = EpochSums() if sums is None else sums
+    sums.totals = sums.totals.to(step.device)
     first_bad = torch.full((), len(loader), device=step.device)
-    start = time.perf_counter()
-    with progress(loader, f"epoch {epoch + 1}/{num_epochs}") as bar:
-        for index, batch in enumerate(bar):
+    start = time.perf_counter() - sums.seconds
+    with progress(loader, f"epoch {epoch + 1}/{num_epochs}", sums.steps) as bar:
+        for index, batch in enumerate(bar, start=sums.steps):
             loss, correct = step(batch)
-            after_step()
-            seen += len(batch[0])
-            totals += torch.stack((loss.double() * len(batch[0]), correct.double()))
+            sums.steps += 1
+            sums.images += len(batch[0])
+            sums.seconds = time.perf_counter() - start
+            sums.totals += torch.stack((loss.double() * len(batch[0]), correct.double()))
             first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=index))
+            after_step()
             if (index + 1) % CHECK_EVERY == 0 or index + 1 == len(loader):
-                loss_sum, correct_sum, bad = torch.cat((totals, first_bad.double().view(1))).tolist()
+                loss_sum, correct_sum, bad = torch.cat((sums.totals, first_bad.double().view(1))).tolist()
                 if bad < len(loader):
                     raise NonFiniteLoss(
                         f"the loss is not finite at epoch {epoch + 1}, step {int(bad) + 1}, learning rate {lr:.3g}; "
                         "lower --lr, lengthen --warmup-epochs, or look at the data"
                     )
+                seen = sums.images
                 speed = seen * distributed.world_size() / (time.perf_counter() - start)
                 bar.set_postfix_str(
                     f"loss {loss_sum / seen:.4f}, acc {100 * correct_sum / seen:.1f} %, {speed:.0f} img/s, lr {lr:.1e}"
                 )
     seconds = time.perf_counter() - start
-    seen *= distributed.world_size()  # drop_last: every process sees as many
-    loss_sum, correct_sum = distributed.all_reduce_sum(totals).tolist()
+    seen = sums.images * distributed.world_size()  # drop_last: every process sees as many
+    loss_sum, correct_sum = distributed.all_reduce_sum(sums.totals.clone()).tolist()
     return {
         "train_loss": loss_sum / seen,
         "train_acc1": 100 * correct_sum / seen,
@@ -152,9 +174,9 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
     return {"loss": loss / seen, "acc1": 100 * top1 / seen, "acc5": 100 * top5 / seen}
 
 
-def progress(loader: DataLoader, description: str) -> tqdm:
-    """A progress bar on the main process; into a file it writes one line in ten seconds."""
-    bar = tqdm(loader, description, leave=False, dynamic_ncols=True, disable=not distributed.is_main())
+def progress(loader: DataLoader, description: str, done: int = 0) -> tqdm:
+    """A progress bar on the main process, of which `done` steps are; into a file it writes one line in ten seconds."""
+    bar = tqdm(loader, description, leave=False, dynamic_ncols=True, disable=not distributed.is_main(), initial=done)
     if not bar.disable and not bar.fp.isatty():
         bar.mininterval = 10
     return bar

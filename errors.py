@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early without being a bug. `main.py` turns each into one line and an exit code."""
+"""The ways in which a run ends early without being a bug. `main.py` turns each into one line and an exit code."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class NonFiniteLoss(Exception):
     """Training has diverged. The message says where."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to end and its checkpoint is written. The message says which, and how to go on."""

@@ -60,9 +60,12 @@ class Laboratory:
         chosen = (i * len(dataset) // count for i in range(count))
         self._images = torch.stack([dataset[i][0] for i in chosen]).to(device)
         self._weights: OscillationWindow | None = None
+        self._until_window: int | None = None  # no epoch has begun
 
     def before_epoch(self, steps: int) -> None:
-        """An epoch of so many steps begins."""
+        """An epoch begins, or goes on, with so many steps to come. What `load_state_dict` has restored goes on."""
+        if self._until_window is not None:
+            return
         self._until_window = max(0, steps - WINDOW)
         if self._until_window == 0:
             self._open()
@@ -80,8 +83,21 @@ class Laboratory:
     def after_epoch(self, epoch: int, step: int) -> list[Row]:
         """Close the window; `step` is the number of steps since the start of the run."""
         window, steps = self._weights, self._weights.steps
-        self._weights = None
+        self._weights = self._until_window = None
         return [Row(epoch, step, steps, *numbers) for numbers in self._measurements(window)]
+
+    def state_dict(self) -> dict:
+        """Where the epoch's window is, and what it has seen."""
+        if self._weights is None:
+            return {"until_window": self._until_window}
+        return {"until_window": 0, "weights": self._weights.state_dict(), "output": self._output.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._until_window, self._weights = state["until_window"], None
+        if "weights" in state:
+            self._open()
+            self._weights.load_state_dict(state["weights"])
+            self._output.load_state_dict(state["output"])
 
     def _open(self) -> None:
         self._weights = OscillationWindow(self.layers)

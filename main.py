@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -28,8 +29,11 @@ import distributed
 import oscillation_log
 import timm
 from datasets import CALIBRATION_ORDER, DATA_SETS, RAND_AUGMENT, DataConfig, Loaders, build_loaders, set_epoch
-from engine import TrainStep, autocast, evaluate, train_one_epoch
-from errors import NonFiniteLoss, UserError
+from determinism import deterministic
+from engine import EpochSums, TrainStep, autocast, evaluate, train_one_epoch
+from errors import NonFiniteLoss, Stopped, UserError
+from fingerprint import fingerprint
+from interrupts import Interrupts
 from laboratory import Laboratory
 from losses import DistillationLoss, base_criterion
 from quantization import (
@@ -104,6 +108,8 @@ SAME_ON_RESUME = (
     *("osci_reset", "osci_reset_interval", "osci_reset_threshold", "osci_reset_start"),
     *("distillation_type", "distillation_alpha", "distillation_tau", "teacher_model"),
 )
+EXIT_CODES = """exit codes: 0 done, 1 diverged, 2 something in the command must change, 130 interrupted,
+75 stopped by SIGTERM or SIGUSR1 with a checkpoint: start again with --resume auto. A second signal ends at once"""
 Q_EMA_BETA, Q_RAMPING = 0.998, {"q_ramping_k1": 16.0, "q_ramping_k2": 5, "q_ramping_steps": 30}
 RECIPE_SWITCHES = (
     *("quantizers", "backward_rounding", "backward_operands", "scaling", "forward_element", "backward_element"),
@@ -149,7 +155,9 @@ def quantizer_names(text: str) -> tuple[str, ...]:
 def build_parser() -> Parser:
     positive, count = number(int, 1), number(int, 0)
     amount, share = number(float, 0), number(float, 0, 1)
-    parser = Parser(prog="main.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(
+        prog="main.py", description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawTextHelpFormatter
+    )
 
     def recipe_option(group, flag: str, kind, text: str) -> None:
         """An option whose default depends on the data set and the model."""
@@ -279,8 +287,16 @@ def build_parser() -> Parser:
     )
     group.add_argument("--output-dir", type=Path, metavar="DIR", help="default: runs/TIME-MODEL-QUANT")
     group.add_argument(
-        "--resume", metavar="PATH", help="go on from this checkpoint; auto: the last one in --output-dir"
+        "--resume", metavar="PATH", help="go on from this checkpoint; auto: the last intact one in --output-dir"
     )
+    group.add_argument("--save-epochs", type=positive, default=1, metavar="N", help="epochs a checkpoint (default: 1)")
+    group.add_argument(
+        "--save-steps", type=count, default=0, metavar="N", help="steps a checkpoint, besides; 0: none (default: 0)"
+    )
+    group.add_argument(
+        "--keep-checkpoints", type=positive, default=2, metavar="K", help="the last K stay, and the best (default: 2)"
+    )
+    group.add_argument("--deterministic", action="store_true", help="on a GPU: the same bits again, if more slowly")
     group.add_argument("--eval", action="store_true", help="evaluate --resume or --finetune and stop")
     return parser
 
@@ -487,16 +503,16 @@ def open_output(args: argparse.Namespace) -> Path:
     return directory
 
 
-def find_resume(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to go on from. Raises UserError if a run would be overwritten."""
-    last = None if args.output_dir is None else args.output_dir / checkpoint.LAST
+def find_resume(args: argparse.Namespace) -> list[Path]:
+    """The checkpoint to go on from, then those to take if it is damaged. Raises UserError if a run would be lost."""
+    present = [] if args.output_dir is None else checkpoint.find_all(args.output_dir)
     if args.resume == "auto":
-        return last if last.is_file() else None
+        return present
     if args.resume:
-        return Path(args.resume)
-    if last is not None and last.is_file() and not args.eval:
+        return [Path(args.resume)]
+    if present and not args.eval:
         raise UserError(f"{args.output_dir} holds a run; pass --resume auto to go on with it, or another --output-dir")
-    return None
+    return []
 
 
 @dataclass
@@ -510,15 +526,23 @@ class QRamping:
     k1: float
     k2: int
     steps: int
+    interrupts: Interrupts
 
     def before_epoch(self, epoch: int) -> dict[str, float]:
+        """Raises Stopped, with everything as before, if a signal asks the run to end."""
         loader = self.loaders.calibration
         set_epoch(loader, self.data, CALIBRATION_ORDER + epoch)
         with tqdm(total=self.steps, desc="detect oscillation", leave=False, disable=not distributed.is_main()) as bar:
 
             def train_step(batch) -> None:
+                nonlocal done
                 self.step(batch)
                 bar.update()
+                done += 1
+                if self.interrupts.agreed(done):
+                    raise Stopped
+
+            done = 0
 
             self.model.train()
             ratios = detect_oscillation(self.model, self.step.optimizer, train_step, loader, self.steps)
@@ -532,6 +556,11 @@ class QRamping:
 
 def run(args: argparse.Namespace) -> None:
     device = distributed.start(args.device)
+    with deterministic(device) if args.deterministic else nullcontext():
+        run_on(args, device)
+
+
+def run_on(args: argparse.Namespace, device: torch.device) -> None:
     args.input_size = args.input_size or model_input_size(args.model)
     recipe = build_recipe(args)
     data = DataConfig(
@@ -581,8 +610,8 @@ def evaluate_only(
 ) -> None:
     """Print the held-out numbers as one JSON object; write nothing."""
     resume = find_resume(args)
-    if resume is not None:
-        model.load_state_dict(checkpoint.load(resume, identity)["model"])
+    if resume:
+        model.load_state_dict(checkpoint.load_newest(resume, identity)[1]["model"])
     elif not args.finetune:
         raise UserError(f"--eval --resume auto needs {args.output_dir / checkpoint.LAST}, which is missing")
     say(json.dumps({f"test_{name}": value for name, value in evaluate(model, loaders.val, device).items()}))
@@ -600,7 +629,11 @@ def train(
     resume = find_resume(args)
     identity["optimizer"] = "RampingAdamW" if args.q_ramping else "AdamW"
     identity |= {f"--{name.replace('_', '-')}": getattr(args, name) for name in SAME_ON_RESUME}
-    state = checkpoint.load(resume, identity) if resume else None
+    if distributed.is_main():  # both data sets are wrapped: by the order of their batches, by the processes' shares
+        halves = (fingerprint(loader.dataset.dataset) for loader in (loaders.train, loaders.val))
+        identity["data"] = " + ".join(halves)
+    identity = distributed.from_main(identity)
+    resumed, state = checkpoint.load_newest(resume, identity) if resume else (None, None)
     criterion = build_criterion(args, model, loaders.num_classes, device)
     if args.quant == "int4" and state is None:
         set_epoch(loaders.calibration, data, CALIBRATION_ORDER)
@@ -632,19 +665,23 @@ def train(
         clip_grad=args.clip_grad,
         cuda_graph=args.cuda_graph,
     )
+    interrupts = Interrupts(device)
     ramping = None
     if args.q_ramping:
         k1, k2, steps = args.q_ramping_k1, args.q_ramping_k2, args.q_ramping_steps
-        ramping = QRamping(model, step, loaders, data, k1, k2, steps)
+        ramping = QRamping(model, step, loaders, data, k1, k2, steps, interrupts)
     laboratory = Laboratory(model, loaders.val.dataset, device) if args.track_oscillation else None
     if not distributed.is_main():
         laboratory = None  # the weights are the same everywhere
     more = {} if answer is None else {"oscillation": answer}
-    progress = checkpoint.Run(identity, model, optimizer, scheduler, model_ema, more=more)
+    within = {} if laboratory is None else {"laboratory": laboratory}
+    progress = checkpoint.Run(
+        identity, model, optimizer, scheduler, model_ema, more=more, within=within, keep=args.keep_checkpoints
+    )
     if state is not None:
         progress.restore(state)
         if progress.epoch == args.epochs:
-            say(f"{resume} has all its {args.epochs} epochs done; best top-1 {progress.best_acc1:.2f} %")
+            say(f"{resumed} has all its {args.epochs} epochs done; best top-1 {progress.best_acc1:.2f} %")
             return
 
     def after_step() -> None:
@@ -656,40 +693,79 @@ def train(
             model_ema.update(model)
         if laboratory is not None:
             laboratory.after_step()
+        done = progress.sums.steps
+        if interrupts.agreed(None if done == num_steps else done):
+            stop()
+        due = args.save_steps and (progress.epoch * num_steps + done) % args.save_steps == 0
+        if due and not (done == num_steps and saves_epoch(progress.epoch)):
+            save()
 
+    saved = None
+
+    def save(best: bool = False) -> None:
+        nonlocal saved
+        progress.sums.lost_groups += int(take_lost_groups(device))
+        progress.save(directory, best)
+        saved = progress.epoch, progress.sums.steps
+
+    def saves_epoch(epoch: int) -> bool:
+        return (epoch + 1) % args.save_epochs == 0 or epoch + 1 == args.epochs
+
+    def stop() -> None:
+        if saved != (progress.epoch, progress.sums.steps):
+            save()
+        distributed.gather(None)  # torchrun ends all processes when the first one has ended
+        done = f"{progress.epoch} epochs and {progress.sums.steps} steps"
+        name = "a signal to another process" if interrupts.received is None else interrupts.received.name
+        raise Stopped(f"{name} after {done}; --resume auto --output-dir {directory} goes on from there")
+
+    num_steps = len(loaders.train)
     directory = open_output(args)
     if laboratory is not None:
         oscillation_log.start(directory / oscillation_log.FILE_NAME, progress.epoch)
     num_parameters = sum(p.numel() for p in model.parameters())
     describe(args, model, identity["recipe"], loaders, device, directory, num_parameters)
     if state is not None:
-        say(f"resume  {resume}, {progress.epoch} of {args.epochs} epochs done")
+        steps_done = f" and {progress.sums.steps} of {num_steps} steps" if progress.sums.steps else ""
+        say(f"resume  {resumed}, {progress.epoch} of {args.epochs} epochs{steps_done} done")
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    with RunLog(directory, settings | {"torch": torch.__version__, "timm": timm.__version__}) as log:
+    settings |= {"torch": torch.__version__, "timm": timm.__version__}
+    with RunLog(directory, settings, progress.epoch) as log, interrupts:
         say(TABLE_HEAD)
         for epoch in range(progress.epoch, args.epochs):
+            sums = progress.sums
             # The first detection comes after T_update = one epoch of steps.
-            extra = ramping.before_epoch(epoch) if ramping and epoch > 0 else {}
-            set_epoch(loaders.train, data, epoch)
+            if ramping and epoch > 0 and sums.steps == 0:
+                try:
+                    sums.extra = ramping.before_epoch(epoch)
+                except Stopped:
+                    stop()
+            set_epoch(loaders.train, data, epoch, sums.steps)
             if laboratory is not None:
-                laboratory.before_epoch(len(loaders.train))
-            numbers = {"epoch": epoch, **train_one_epoch(step, loaders.train, epoch, args.epochs, after_step)}
+                laboratory.before_epoch(num_steps - sums.steps)
+            numbers = {"epoch": epoch, **train_one_epoch(step, loaders.train, epoch, args.epochs, after_step, sums)}
             scheduler.step(epoch + 1)
             if laboratory is not None:
-                log.oscillation(laboratory.after_epoch(epoch, (epoch + 1) * len(loaders.train)))
+                log.oscillation(laboratory.after_epoch(epoch, (epoch + 1) * num_steps))
             tested = evaluate(model, loaders.val, device)
             numbers |= {f"test_{name}": value for name, value in tested.items()}
             if model_ema is not None:
                 averaged = evaluate(model_ema.module, loaders.val, device)
                 numbers |= {f"ema_{name}": value for name, value in averaged.items()}
-            lost_groups = int(distributed.all_reduce_sum(take_lost_groups(device)).item())
-            numbers |= {"n_parameters": num_parameters, "lost_groups": lost_groups, **extra}
+            lost_groups = int(distributed.all_reduce_sum(take_lost_groups(device) + sums.lost_groups).item())
+            numbers |= {"n_parameters": num_parameters, "lost_groups": lost_groups, **sums.extra}
             numbers |= {} if answer is None else answer.numbers()
             is_best = tested["acc1"] > progress.best_acc1
             progress.epoch, progress.best_acc1 = epoch + 1, max(progress.best_acc1, tested["acc1"])
-            progress.save(directory, is_best)
-            log.epoch(numbers)
+            progress.sums = EpochSums()
+            log.epoch(numbers)  # before the checkpoint: what is logged and not saved is dropped and logged again
+            if saves_epoch(epoch):
+                save(is_best)
+            elif is_best:
+                progress.save_best(directory)
             say(table_row(numbers, args.epochs))
+            if epoch + 1 < args.epochs and interrupts.agreed():
+                stop()
     say(f"best top-1 {progress.best_acc1:.2f} %; checkpoints and logs in {directory}")
 
 
@@ -738,7 +814,7 @@ def table_row(numbers: dict[str, float], epochs: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 diverged, 2 the user must change something, 130 interrupted."""
+    """Exit code: 0 done, 1 diverged, 2 the user must change something, 75 stopped by a signal, 130 interrupted."""
     code = 0
     logging.getLogger("timm").setLevel(logging.ERROR)  # its schedule warns of runs of one epoch
     try:
@@ -750,8 +826,10 @@ def main(argv: list[str] | None = None) -> int:
         message, code = f"main.py: error: {error}", 2
     except NonFiniteLoss as error:
         message, code = f"main.py: diverged: {error}", 1
+    except Stopped as error:
+        message, code = f"main.py: stopped by {error}", os.EX_TEMPFAIL
     except KeyboardInterrupt:
-        message, code = "main.py: interrupted; --resume auto goes on from the last finished epoch", 130
+        message, code = "main.py: interrupted; --resume auto goes on from the last checkpoint", 130
     finally:
         distributed.stop()
     if code and os.environ.get("RANK", "0") == "0":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -17,13 +18,17 @@ from oscillation_log import Measure, Row
 
 
 class RunLog:
-    """Writes on the main process only. Files are appended to, so that a resumed run continues them."""
+    """Writes on the main process only. Files are appended to, so that a resumed run continues them.
 
-    def __init__(self, directory: Path, parameters: dict) -> None:
+    The epochs from `epoch` on are about to be run (again): log.txt and TensorBoard drop what they have of them.
+    """
+
+    def __init__(self, directory: Path, parameters: dict, epoch: int = 0) -> None:
         self.directory = directory
         self._active = distributed.is_main()
         if self._active:
-            self._events = SummaryWriter(str(directory / "tensorboard"))
+            _drop_epochs(directory / "log.txt", epoch)
+            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=epoch)
             self._dllogger = _dllogger(directory / "dllogger.json")
             self._dllogger("PARAMETER", parameters)
 
@@ -74,6 +79,16 @@ class RunLog:
     def __exit__(self, *exception: object) -> None:
         if self._active:
             self._events.close()
+
+
+def _drop_epochs(path: Path, first: int) -> None:
+    """Leave the lines of the epochs before `first`, without what a run that was killed has left of a line."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < first]
+    if kept != lines:
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def say(message: str) -> None:

@@ -51,6 +51,16 @@ class TensorPath:
         """r(X), the mean of `rate_of_change` over the steps; NaN without any."""
         return self._rates / self.steps
 
+    def state_dict(self) -> dict:
+        """What the path has come to, so that it can go on elsewhere."""
+        return {"last": self.last, "length": self.length, "rates": self._rates, "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.last.copy_(state["last"])
+        self.length.copy_(state["length"])
+        self._rates.copy_(state["rates"])
+        self.steps = state["steps"]
+
 
 class PathLengths:
     """Path lengths of every quantized weight W and of Q2(W), element by element, over the steps between `record`s.
@@ -162,6 +172,22 @@ class OscillationWindow:
             name: oscillation_ratio(self.weights[name].length, quantized.length)
             for name, quantized in self.quantized.items()
         }
+
+    def state_dict(self) -> dict:
+        """What was recorded, so that the window can go on elsewhere."""
+        return {
+            "weights": {name: path.state_dict() for name, path in self.weights.items()},
+            "quantized": {name: path.state_dict() for name, path in self.quantized.items()},
+            "candidates": {name: torch.stack(history) for name, history in self._candidates.items()},
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, path in self.weights.items():
+            path.load_state_dict(state["weights"][name])
+        for name, path in self.quantized.items():
+            path.load_state_dict(state["quantized"][name])
+            device = self.layers[name].weight.device
+            self._candidates[name] = list(state["candidates"][name].to(device).unbind())
 
     def trajectories(self, count: int) -> list[Trajectory]:
         """The `count` candidates with the largest R_w, the largest first."""

@@ -51,7 +51,7 @@ def fashion(tmp_path):
 
 def test_digits_split_is_fixed_stratified_and_disjoint():
     loaders = build_loaders(DIGITS)
-    train, val = loaders.train.dataset, loaders.val.dataset.dataset
+    train, val = loaders.train.dataset.dataset, loaders.val.dataset.dataset
     assert (len(train), len(val), loaders.num_classes) == (1437, 360, 10)
     assert np.bincount(val.labels).min() >= 34
     images = np.concatenate((train.images, val.images)).reshape(1797, -1)
@@ -68,7 +68,7 @@ def test_every_held_out_image_is_evaluated_once():
 
 def order(loader, config, epoch) -> list[int]:
     set_epoch(loader, config, epoch)
-    return list(loader.sampler)
+    return list(loader.batch_sampler.sampler)
 
 
 def test_order_is_a_function_of_seed_and_epoch_and_calibration_has_its_own():
@@ -93,7 +93,7 @@ def test_workers_repeat_their_augmentation():
 
 def test_repeated_augmentation_deals_every_image_three_times():
     loader = build_loaders(replace(DIGITS, repeats=3)).train
-    indices = list(loader.sampler)
+    indices = list(loader.batch_sampler.sampler)
     assert len(indices) == 1437 // 256 * 256  # as many as there are images, in whole 256s, like DeiT
     assert max(np.bincount(indices)) == 3 and len(set(indices)) < 500
 
@@ -120,8 +120,8 @@ def test_what_is_no_idx_file(content, name, tmp_path):
 
 def test_fashion_is_padded_to_32_pixels(fashion):
     loaders = build_loaders(replace(DIGITS, name="FASHION", path=str(fashion), input_size=32, batch_size=10))
-    assert loaders.train.dataset.images.shape == (60, 32, 32) and len(loaders.val.dataset) == 20
-    assert (loaders.train.dataset.images[:, :2] == 0).all()
+    assert loaders.train.dataset.dataset.images.shape == (60, 32, 32) and len(loaders.val.dataset) == 20
+    assert (loaders.train.dataset.dataset.images[:, :2] == 0).all()
     images, labels = next(iter(loaders.train))
     assert images.shape == (10, 3, 32, 32) and labels.max() < 10
 
@@ -179,7 +179,7 @@ def test_a_batch_is_shifted_flipped_and_normalized_as_torchvision_does():
 @pytest.mark.parametrize("change", [{"aa": "rand-m9"}, {"reprob": 0.5}, {"color_jitter": 0.3}, {"input_size": 16}])
 def test_whatever_else_an_image_goes_through_goes_one_by_one(change):
     loaders = build_loaders(replace(DIGITS, **change))
-    assert loaders.train.dataset.light is None
+    assert loaders.train.dataset.dataset.light is None
     images, labels = next(iter(loaders.train))
     size = change.get("input_size", 8)
     assert images.shape == (100, 3, size, size) and labels.dtype == torch.int64
