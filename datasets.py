@@ -7,6 +7,8 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from interrupts import leave_to_parent
 
 SMALL_IMAGE = 32  # up to this input size an image is cropped by a few pixels, not resized at random
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # DeiT's choice
+LEFT_OUT = -100  # label of a held-out image that does not count; cross_entropy's default
 CALIBRATION_ORDER = 1_000_000  # offset of Q-Ramping's shuffles, which must not repeat the training order
 
 _LIGHT = {
@@ -91,6 +94,17 @@ DATA_SETS = {
 }
 
 
+IN_FILES = ("IMNET", "FOLDER")  # a file an image
+
+
+class BadImages(str, Enum):
+    """What to do about an image file that cannot be read."""
+
+    STOP = "stop"
+    SKIP = "skip"
+    """Train on the next readable image in its place; leave a held-out one out."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """One run's data: which set, how its images are prepared, how they are dealt out."""
@@ -108,6 +122,7 @@ class DataConfig:
     aa: str
     color_jitter: float
     reprob: float
+    bad_images: BadImages = BadImages.STOP
 
 
 @dataclass(frozen=True)
@@ -117,6 +132,65 @@ class Loaders:
     calibration: DataLoader
     """The training set in an order of its own, for Q-Ramping's detection."""
     num_classes: int
+
+
+class ImageFiles(tv_datasets.ImageFolder):
+    """Images in a folder a class. `bad_images` says what becomes of those that cannot be read.
+
+    If they are skipped, the next readable image takes the place of one, the first following the last, and the label
+    tells by being negative: `decode` says whose place was taken by what. So a loader's processes need no other way to
+    the main one, and the same images are counted whatever their number.
+    """
+
+    def __init__(self, root: Path, transform, bad_images: BadImages) -> None:
+        super().__init__(str(root), transform)
+        self.bad_images = bad_images
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        count = len(self.samples)
+        for used in (*range(index, count), *range(index)):
+            path, label = self.samples[used]
+            try:
+                image = self.loader(path)
+            except Exception as error:  # whatever decoding foreign bytes may raise
+                if self.bad_images is BadImages.STOP:
+                    raise UserError(
+                        f"{path} is not a readable image ({error}); replace or remove it, or pass --bad-images skip"
+                    ) from error
+                continue
+            return self.transform(image), label if used == index else ~(index * count + used)
+        raise UserError(f"{self.root} must hold images, none of its {count:,} files is a readable one; replace them")
+
+    def decode(self, label: int) -> tuple[int, list[str]]:
+        """The label of the image that took the place, and the paths of those that could not be read."""
+        count = len(self.samples)
+        index, used = divmod(~label, count)
+        bad = (self.samples[(index + i) % count][0] for i in range((used - index) % count))
+        return self.targets[used], list(bad)
+
+
+class ImageLoader(DataLoader):
+    """A loader of `ImageFiles` that were not to stop the run: counts those that could not be read.
+
+    Batches come out with ordinary labels; a held-out image that could not be read has the label `LEFT_OUT`.
+    """
+
+    def __init__(self, dataset: Dataset, training: bool, **options) -> None:
+        self.bad_images = 0
+        """Since whoever reports them has set it to 0."""
+        self.bad_paths: set[str] = set()
+        self._training = training
+        super().__init__(dataset, **options)
+
+    def __iter__(self):
+        files = self.dataset.dataset
+        for images, labels in super().__iter__():
+            for place in (labels < 0).nonzero().flatten().tolist():  # on the host
+                label, paths = files.decode(int(labels[place]))
+                labels[place] = label if self._training else LEFT_OUT
+                self.bad_images += 1
+                self.bad_paths.update(paths)
+            yield images, labels
 
 
 class ArrayImages(Dataset):
@@ -214,12 +288,25 @@ def set_epoch(loader: DataLoader, config: DataConfig, epoch: int, first: int = 0
     loader.batch_sampler.set_epoch(order, distributed.rank(), first)
 
 
-def _loader(dataset: Dataset, config: DataConfig, batch_sampler: EpochBatches | None = None) -> DataLoader:
+def take_bad_images(loader: DataLoader) -> tuple[int, set[str]]:
+    """How many images in its batches since the last call could not be read, and the paths of all such so far."""
+    if not isinstance(loader, ImageLoader):
+        return 0, set()
+    count, loader.bad_images = loader.bad_images, 0
+    return count, loader.bad_paths
+
+
+def _loader(
+    dataset: PlannedBatches | Subset, config: DataConfig, batch_sampler: EpochBatches | None = None
+) -> DataLoader:
     """In order, in batches of the configured size, unless there is a `batch_sampler`."""
     options = {"batch_size": config.batch_size} if batch_sampler is None else {"batch_sampler": batch_sampler}
-    if isinstance(dataset, PlannedBatches) or isinstance(dataset.dataset, ArrayImages):  # batches already
+    kind, files = DataLoader, dataset.dataset
+    if isinstance(dataset, PlannedBatches) or isinstance(files, ArrayImages):  # batches already
         options["collate_fn"] = _as_it_is
-    return DataLoader(
+    if isinstance(files, ImageFiles) and files.bad_images is BadImages.SKIP:
+        kind = partial(ImageLoader, training=batch_sampler is not None)
+    return kind(
         dataset,
         num_workers=config.num_workers,
         pin_memory=torch.cuda.is_available(),
@@ -250,7 +337,7 @@ def _open(config: DataConfig, training: bool) -> tuple[Dataset, int]:
         return ArrayImages(images, labels, transform, light if same_size and not heavy else None), info.num_classes
     if config.name in ("CIFAR10", "CIFAR100"):
         return _cifar(config.name, root, config.download, transform, training), info.num_classes
-    return _folder(config.name, root, info.num_classes, transform, training)
+    return _folder(config.name, root, info.num_classes, transform, training, config.bad_images)
 
 
 def _transform(config: DataConfig, info: DataSetInfo, training: bool):
@@ -340,14 +427,9 @@ def _download(dataset, root: Path) -> None:
         raise UserError(problem)
 
 
-def _load_image(path: str) -> Image.Image:
-    try:
-        return tv_datasets.folder.default_loader(path)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is not a readable image ({error}); replace or remove it") from error
-
-
-def _folder(name: str, root: Path, num_classes: int | None, transform, training: bool) -> tuple[Dataset, int]:
+def _folder(
+    name: str, root: Path, num_classes: int | None, transform, training: bool, bad_images: BadImages
+) -> tuple[Dataset, int]:
     for half in ("train", "val"):
         if not (root / half).is_dir():
             raise UserError(f"--data-path {root} must hold train/ and val/, found no {half}/; see the README's data")
@@ -355,7 +437,7 @@ def _folder(name: str, root: Path, num_classes: int | None, transform, training:
         train_classes, _ = tv_datasets.folder.find_classes(str(root / "train"))
         val_classes, _ = tv_datasets.folder.find_classes(str(root / "val"))
         half = root / ("train" if training else "val")
-        images = tv_datasets.ImageFolder(str(half), transform, loader=_load_image)
+        images = ImageFiles(half, transform, bad_images)
     except FileNotFoundError as error:
         raise UserError(f"every class must be a folder with images in it: {error}") from error
     if train_classes != val_classes:

@@ -49,6 +49,13 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def any_of(flag: Tensor) -> Tensor:
+    """The largest of all processes' flags, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag
+
+
 def from_main(value: T) -> T:
     """The main process's `value`, in every process."""
     if not dist.is_initialized():

@@ -10,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
 from cuda_graph import CudaGraph
-from errors import NonFiniteLoss
+from datasets import LEFT_OUT
+from divergence import Skips, Step, report, running_statistics
 from losses import DistillationLoss
-from quantization import quant_linears, weights_quantized_once
+from quantization import RampingAdamW, quant_linears, weights_quantized_once
 
 CHECK_EVERY = 10  # steps between two looks at the loss; on a GPU each look waits for the device
 Batch = tuple[Tensor, Tensor]
@@ -25,7 +27,12 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass
 class TrainStep:
-    """Forward, backward and optimizer step on one batch; Q-Ramping's detection takes the very same step."""
+    """Forward, backward and optimizer step on one batch; Q-Ramping's detection takes the very same step.
+
+    A step whose loss or gradients are not finite is skipped: parameters, optimizer state and running statistics stay
+    as they are, bit for bit. On a GPU that takes an optimizer that can be told so there, `RampingAdamW` or one of
+    PyTorch's fused ones; another one makes each step wait for the device.
+    """
 
     model: nn.Module
     criterion: nn.Module
@@ -35,14 +42,17 @@ class TrainStep:
     before_update: Callable[[], None] | None = None
     """Called after the backward pass, before gradients are clipped and used."""
     clip_grad: float = 0.0
-    """Gradients whose norm, over all parameters together, is larger are scaled down to it; 0 leaves them alone.
-
-    A norm that is not finite leaves no finite gradient but 0, so that `RampingAdamW` lets such a step pass.
-    """
+    """Gradients whose norm, over all parameters together, is larger are scaled down to it; 0 leaves them alone."""
     cuda_graph: bool = False
     """Replay forward and backward pass as one CUDA graph: for one process on a GPU."""
+    skips: Skips = field(default_factory=Skips)
+    skip: Tensor | None = field(default=None, init=False)
+    """Of the newest step: 1 if it was skipped, else 0; fp32, on the device."""
+    place: str = field(default="the start", init=False)
+    """Of the next step in the run, for the message of NonFiniteSteps."""
 
     def __post_init__(self) -> None:
+        self._statistics = running_statistics(self.model)
         self._passes = self._forward_and_backward
         if self.cuda_graph:
             tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -55,19 +65,52 @@ class TrainStep:
             self._passes = CudaGraph(self._forward_and_backward, self.model.parameters(), state)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns the loss and the number of right answers, as tensors on the device."""
+        """Returns the loss and the number of right answers, as tensors on the device.
+
+        Raises NonFiniteSteps, and leaves everything as it is, if too many steps before this one were skipped.
+        """
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         targets = labels
         if self.mixup is not None:
             images, targets = self.mixup(images, labels)
+        statistics = [tensor.clone() for tensor in self._statistics]
         loss, logits = self._passes(images, targets)
+        self.settle()  # the device has this step's passes to work at meanwhile
         if self.before_update is not None:
             self.before_update()
-        if self.clip_grad > 0:  # on the device alone, and after the ranks have averaged their gradients
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-        self.optimizer.step()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        # All on the device, and after the ranks have averaged their gradients.
+        norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
+        if self.clip_grad > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, torch.linalg.vector_norm(norms))
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        self.skip = self.skips.decide(Step(batch[0], loss, norms, f"{self.place}, learning rate {lr:.3g}"))
+        for tensor, old in zip(self._statistics, statistics):
+            tensor.copy_(torch.where(self.skip > 0, old, tensor))
+        self._update()
         wanted = targets.argmax(dim=1) if targets.ndim == 2 else targets
         return loss, (logits.argmax(dim=1) == wanted).sum()
+
+    def _update(self) -> None:
+        """The optimizer's step, unless it is skipped."""
+        optimizer = self.optimizer
+        if isinstance(optimizer, RampingAdamW) or getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = self.skip  # as torch.amp.GradScaler tells them
+            optimizer.step()
+            del optimizer.found_inf
+        elif not self.skip:
+            optimizer.step()
+
+    def settle(self) -> None:
+        """Count the newest step if it was skipped. Call after the last of several steps; each step calls it first.
+
+        Raises NonFiniteSteps if it was one skipped step in a row too many.
+        """
+        last = self.skips.settle()
+        if last is not None:
+            model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+            with autocast(self.device):
+                raise report(model, last, self.device)
 
     def _forward_and_backward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(self.device):
@@ -93,8 +136,9 @@ class EpochSums:
 
     steps: int = 0
     images: int = 0
-    totals: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    """Loss over images, right answers."""
+    totals: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    """Images in steps that were not skipped; over these, loss and right answers."""
+    skipped_steps: int = 0
     seconds: float = 0.0
     lost_groups: int = 0
     extra: dict[str, float] = field(default_factory=dict)
@@ -115,52 +159,52 @@ def train_one_epoch(
     """Train on every batch of `loader`, calling `after_step` after each; returns the epoch's means over all ranks.
 
     `sums` are those of the batches that `loader` begins after; each step is in them when `after_step` is called.
-    Raises NonFiniteLoss, naming epoch, step and learning rate, within `CHECK_EVERY` steps of such a loss.
+    Skipped steps are counted and do not enter the means, which are NaN if all were skipped. Raises NonFiniteSteps
+    after too many in a row.
     """
     step.model.train()
     lr = max(group["lr"] for group in step.optimizer.param_groups)
     sums = EpochSums() if sums is None else sums
     sums.totals = sums.totals.to(step.device)
-    first_bad = torch.full((), len(loader), device=step.device)
+    step.skips.count = sums.skipped_steps
     start = time.perf_counter() - sums.seconds
     with progress(loader, f"epoch {epoch + 1}/{num_epochs}", sums.steps) as bar:
         for index, batch in enumerate(bar, start=sums.steps):
+            step.place = f"epoch {epoch + 1}, step {index + 1}"
             loss, correct = step(batch)
             sums.steps += 1
             sums.images += len(batch[0])
             sums.seconds = time.perf_counter() - start
-            sums.totals += torch.stack((loss.double() * len(batch[0]), correct.double()))
-            first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=index))
+            numbers = torch.stack((torch.ones_like(loss), loss, correct)).double()
+            numbers[:2] *= len(batch[0])
+            sums.totals += torch.where(step.skip > 0, 0, numbers)
             after_step()
             if (index + 1) % CHECK_EVERY == 0 or index + 1 == len(loader):
-                loss_sum, correct_sum, bad = torch.cat((sums.totals, first_bad.double().view(1))).tolist()
-                if bad < len(loader):
-                    raise NonFiniteLoss(
-                        f"the loss is not finite at epoch {epoch + 1}, step {int(bad) + 1}, learning rate {lr:.3g}; "
-                        "lower --lr, lengthen --warmup-epochs, or look at the data"
-                    )
+                loss_mean, share = (sums.totals[1:] / sums.totals[0]).tolist()
                 seen = sums.images
                 speed = seen * distributed.world_size() / (time.perf_counter() - start)
-                bar.set_postfix_str(
-                    f"loss {loss_sum / seen:.4f}, acc {100 * correct_sum / seen:.1f} %, {speed:.0f} img/s, lr {lr:.1e}"
-                )
+                bar.set_postfix_str(f"loss {loss_mean:.4f}, acc {100 * share:.1f} %, {speed:.0f} img/s, lr {lr:.1e}")
+        step.settle()
     seconds = time.perf_counter() - start
     seen = sums.images * distributed.world_size()  # drop_last: every process sees as many
-    loss_sum, correct_sum = distributed.all_reduce_sum(sums.totals.clone()).tolist()
+    counted, loss_sum, correct_sum = distributed.all_reduce_sum(sums.totals.clone())
     return {
-        "train_loss": loss_sum / seen,
-        "train_acc1": 100 * correct_sum / seen,
+        "train_loss": float(loss_sum / counted),
+        "train_acc1": float(100 * correct_sum / counted),
         "lr": lr,
         "img_per_s": seen / seconds,
+        "skipped_steps": step.skips.count,
     }
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict[str, float]:
-    """Loss and top-1 and top-5 accuracy in percent over every image once, whatever the number of processes."""
+    """Loss and top-1 and top-5 accuracy in percent over every image once, whatever the number of processes.
+
+    Images labelled `LEFT_OUT` do not count.
+    """
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # images, loss, top-1, top-5
-    totals[0] = len(loader.dataset)
     with weights_quantized_once(model), progress(loader, "evaluate") as bar:
         for batch in bar:
             images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
@@ -168,8 +212,8 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
                 logits = model(images)
             logits = logits.float()
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            totals[1:] += torch.stack((loss, best[:, 0].sum(), best.sum())).double()
+            loss = F.cross_entropy(logits, labels, ignore_index=LEFT_OUT, reduction="sum")
+            totals += torch.stack(((labels != LEFT_OUT).sum(), loss, best[:, 0].sum(), best.sum())).double()
     seen, loss, top1, top5 = distributed.all_reduce_sum(totals).tolist()
     return {"loss": loss / seen, "acc1": 100 * top1 / seen, "acc5": 100 * top5 / seen}
 

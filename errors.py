@@ -5,8 +5,8 @@ class UserError(Exception):
     """Something the user gave cannot be used. The message says the rule, what was received, and the remedy."""
 
 
-class NonFiniteLoss(Exception):
-    """Training has diverged. The message says where."""
+class NonFiniteSteps(Exception):
+    """Training has diverged: too many steps in a row were skipped. The message says where, and what began it."""
 
 
 class Stopped(Exception):

@@ -20,7 +20,7 @@ from timm.data import Mixup
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -28,10 +28,21 @@ import checkpoint
 import distributed
 import oscillation_log
 import timm
-from datasets import CALIBRATION_ORDER, DATA_SETS, RAND_AUGMENT, DataConfig, Loaders, build_loaders, set_epoch
+from datasets import (
+    CALIBRATION_ORDER,
+    DATA_SETS,
+    IN_FILES,
+    RAND_AUGMENT,
+    BadImages,
+    DataConfig,
+    Loaders,
+    build_loaders,
+    set_epoch,
+    take_bad_images,
+)
 from determinism import deterministic
 from engine import EpochSums, TrainStep, autocast, evaluate, train_one_epoch
-from errors import NonFiniteLoss, Stopped, UserError
+from errors import NonFiniteSteps, Stopped, UserError
 from fingerprint import fingerprint
 from interrupts import Interrupts
 from laboratory import Laboratory
@@ -58,6 +69,7 @@ from quantization import (
     detect_oscillation,
     has_fp8,
     initialise_steps,
+    lerp_unless,
     quant_linears,
     set_matmul,
     take_lost_groups,
@@ -103,7 +115,7 @@ MODEL_RECIPES = {
 SAME_ON_RESUME = (
     *("epochs", "batch_size", "lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "model_ema_decay"),
     *("drop_path", "smoothing", "mixup", "cutmix", "aa", "color_jitter", "reprob", "repeats", "data_set", "seed"),
-    *("clip_grad", "q_ramping_k1", "q_ramping_k2", "q_ramping_steps"),
+    *("bad_images", "clip_grad", "q_ramping_k1", "q_ramping_k2", "q_ramping_steps"),
     *("dampen", "dampen_reduction", "freeze"),
     *("osci_reset", "osci_reset_interval", "osci_reset_threshold", "osci_reset_start"),
     *("distillation_type", "distillation_alpha", "distillation_tau", "teacher_model"),
@@ -243,6 +255,12 @@ def build_parser() -> Parser:
     group.add_argument("--data-set", choices=DATA_SETS, default="DIGITS", help=f"default: DIGITS\n{sets}")
     group.add_argument("--data-path", metavar="DIR", help="where the data set is")
     group.add_argument("--download", action="store_true", help="let torchvision fetch FASHION or CIFAR to --data-path")
+    group.add_argument(
+        "--bad-images",
+        choices=[choice.value for choice in BadImages],
+        default="stop",
+        help="skip: train on the next image in place of a file that cannot be read (default: stop)",
+    )
     group.add_argument("--num-classes", type=positive, help="refuse data with another number of classes")
     recipe_option(group, "--input-size", positive, "pixels an image side")
     recipe_option(group, "--num-workers", number(int, 0, 512), "loader processes for each training process")
@@ -333,6 +351,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"Mixup and CutMix pair images, so --batch-size must be even, got {args.batch_size}")
     if args.distillation_type != "none" and (args.teacher_model is None or args.teacher_path is None):
         raise UserError(f"--distillation-type {args.distillation_type} needs --teacher-model and --teacher-path")
+    if args.bad_images == "skip" and args.data_set not in IN_FILES:
+        raise UserError(
+            f"--bad-images skip is about image files ({', '.join(IN_FILES)}), got --data-set {args.data_set}; drop it"
+        )
     if args.resume and args.finetune:
         raise UserError("--resume goes on with a run and --finetune starts one; give one of them")
     if args.resume == "auto" and args.output_dir is None:
@@ -544,8 +566,10 @@ class QRamping:
 
             done = 0
 
+            self.step.place = f"the detection before epoch {epoch + 1}"
             self.model.train()
             ratios = detect_oscillation(self.model, self.step.optimizer, train_step, loader, self.steps)
+            self.step.settle()
         periods = update_periods(ratios, self.k1, self.k2, max_period=len(self.loaders.train))
         self.step.optimizer.set_periods(periods)
         total = sum(ratio.numel() for ratio in ratios.values())
@@ -575,6 +599,7 @@ def run_on(args: argparse.Namespace, device: torch.device) -> None:
         aa=args.aa,
         color_jitter=args.color_jitter,
         reprob=args.reprob,
+        bad_images=BadImages(args.bad_images),
     )
     loaders = build_loaders(data)
     if args.num_classes not in (None, loaders.num_classes):
@@ -614,7 +639,9 @@ def evaluate_only(
         model.load_state_dict(checkpoint.load_newest(resume, identity)[1]["model"])
     elif not args.finetune:
         raise UserError(f"--eval --resume auto needs {args.output_dir / checkpoint.LAST}, which is missing")
-    say(json.dumps({f"test_{name}": value for name, value in evaluate(model, loaders.val, device).items()}))
+    tested = evaluate(model, loaders.val, device)
+    count_bad_images(loaders, set())
+    say(json.dumps({f"test_{name}": value for name, value in tested.items()}))
 
 
 def train(
@@ -673,7 +700,7 @@ def train(
     laboratory = Laboratory(model, loaders.val.dataset, device) if args.track_oscillation else None
     if not distributed.is_main():
         laboratory = None  # the weights are the same everywhere
-    more = {} if answer is None else {"oscillation": answer}
+    more = {"skips": step.skips} | ({} if answer is None else {"oscillation": answer})
     within = {} if laboratory is None else {"laboratory": laboratory}
     progress = checkpoint.Run(
         identity, model, optimizer, scheduler, model_ema, more=more, within=within, keep=args.keep_checkpoints
@@ -685,12 +712,14 @@ def train(
             return
 
     def after_step() -> None:
+        """Only the laboratory takes part in a skipped step, in which nothing moves."""
         if q_ema is not None:
-            q_ema.update()
-        if answer is not None:
+            q_ema.update(step.skip)
+        # These baselines count steps on the host. It waits while the device still has the optimizer's work.
+        if answer is not None and not step.skips.newest():
             answer.update()
         if model_ema is not None:
-            model_ema.update(model)
+            update_average(model_ema, model, step.skip)
         if laboratory is not None:
             laboratory.after_step()
         done = progress.sums.steps
@@ -704,6 +733,8 @@ def train(
 
     def save(best: bool = False) -> None:
         nonlocal saved
+        step.settle()
+        progress.sums.skipped_steps = step.skips.count
         progress.sums.lost_groups += int(take_lost_groups(device))
         progress.save(directory, best)
         saved = progress.epoch, progress.sums.steps
@@ -732,25 +763,33 @@ def train(
     settings |= {"torch": torch.__version__, "timm": timm.__version__}
     with RunLog(directory, settings, progress.epoch) as log, interrupts:
         say(TABLE_HEAD)
+        named: set[str] = set()
         for epoch in range(progress.epoch, args.epochs):
             sums = progress.sums
             # The first detection comes after T_update = one epoch of steps.
-            if ramping and epoch > 0 and sums.steps == 0:
-                try:
-                    sums.extra = ramping.before_epoch(epoch)
-                except Stopped:
-                    stop()
-            set_epoch(loaders.train, data, epoch, sums.steps)
-            if laboratory is not None:
-                laboratory.before_epoch(num_steps - sums.steps)
-            numbers = {"epoch": epoch, **train_one_epoch(step, loaders.train, epoch, args.epochs, after_step, sums)}
+            try:
+                if ramping and epoch > 0 and sums.steps == 0:
+                    try:
+                        sums.extra = ramping.before_epoch(epoch)
+                    except Stopped:
+                        stop()
+                set_epoch(loaders.train, data, epoch, sums.steps)
+                if laboratory is not None:
+                    laboratory.before_epoch(num_steps - sums.steps)
+                numbers = {"epoch": epoch}
+                numbers |= train_one_epoch(step, loaders.train, epoch, args.epochs, after_step, sums)
+            except NonFiniteSteps:
+                save()  # no skipped step has touched it
+                raise
             scheduler.step(epoch + 1)
             if laboratory is not None:
                 log.oscillation(laboratory.after_epoch(epoch, (epoch + 1) * num_steps))
             tested = evaluate(model, loaders.val, device)
+            numbers["bad_images"] = count_bad_images(loaders, named)
             numbers |= {f"test_{name}": value for name, value in tested.items()}
             if model_ema is not None:
                 averaged = evaluate(model_ema.module, loaders.val, device)
+                take_bad_images(loaders.val)  # counted above
                 numbers |= {f"ema_{name}": value for name, value in averaged.items()}
             lost_groups = int(distributed.all_reduce_sum(take_lost_groups(device) + sums.lost_groups).item())
             numbers |= {"n_parameters": num_parameters, "lost_groups": lost_groups, **sums.extra}
@@ -767,6 +806,26 @@ def train(
             if epoch + 1 < args.epochs and interrupts.agreed():
                 stop()
     say(f"best top-1 {progress.best_acc1:.2f} %; checkpoints and logs in {directory}")
+
+
+def count_bad_images(loaders: Loaders, named: set[str]) -> int:
+    """Images of all processes that could not be read since the last call; says which, but for those in `named`."""
+    counted = [take_bad_images(loader) for loader in (loaders.train, loaders.val)]
+    gathered = distributed.gather((sum(count for count, _ in counted), set().union(*(paths for _, paths in counted))))
+    for path in sorted(set().union(*(paths for _, paths in gathered)) - named):
+        say(f"note    {path} is not a readable image and was left out")
+        named.add(path)
+    return sum(count for count, _ in gathered)
+
+
+def update_average(model_ema: ModelEmaV3, model: nn.Module, skip: Tensor) -> None:
+    """`model_ema.update(model)`, bit for bit, except that nothing changes where `skip` is 1."""
+    averages, values = model_ema.module.state_dict(), model.state_dict()
+    floats = [name for name, average in averages.items() if average.is_floating_point()]
+    means, targets = ([state[name] for name in floats] for state in (averages, values))
+    lerp_unless(skip, means, targets, 1 - model_ema.decay)
+    for name in averages.keys() - floats:
+        averages[name].copy_(torch.where(skip > 0, averages[name], values[name]))
 
 
 def describe(
@@ -810,6 +869,10 @@ def table_row(numbers: dict[str, float], epochs: int) -> str:
         row += f"   {numbers['oscillating']:.2f} % oscillate, mean period {numbers['mean_period']:.2f}"
     if numbers["lost_groups"]:
         row += f"   {numbers['lost_groups']:,} groups out of FP8's range became zero"
+    if numbers["bad_images"]:
+        row += f"   {numbers['bad_images']:,} images were not readable"
+    if numbers["skipped_steps"]:
+        row += f"   {numbers['skipped_steps']:,} steps were not finite and skipped"
     return row
 
 
@@ -824,7 +887,7 @@ def main(argv: list[str] | None = None) -> int:
         message, code = f"main.py: error: {str(error).rpartition('UserError: ')[2]}", 2
     except OSError as error:  # no space, no permission, a name too long
         message, code = f"main.py: error: {error}", 2
-    except NonFiniteLoss as error:
+    except NonFiniteSteps as error:
         message, code = f"main.py: diverged: {error}", 1
     except Stopped as error:
         message, code = f"main.py: stopped by {error}", os.EX_TEMPFAIL

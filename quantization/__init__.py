@@ -14,7 +14,7 @@ from .matmul import Matmul, has_fp8, take_lost_groups
 from .mx import MXTensor, quantize_mx
 from .osci_reset import OsciReset
 from .oscillation import OSCILLATION_THRESHOLD, OscillationWindow, PathLengths, TensorPath, rate_of_change
-from .q_ema import QEma, plain_rounding
+from .q_ema import QEma, lerp_unless, plain_rounding
 from .ramping import RampingAdamW, detect_oscillation, update_periods
 from .recipe import BACKWARD, FORWARD, QUANTIZERS, RECIPES, Int4Recipe, Quantizer, Recipe
 
@@ -50,6 +50,7 @@ __all__ = [
     "histogram",
     "initialise_steps",
     "latent_weight",
+    "lerp_unless",
     "plain_rounding",
     "quant_linears",
     "quantize_mx",

@@ -17,10 +17,10 @@ class Scalars(NamedTuple):
     beta2: float
     weight2: float
     """1 - beta2"""
-    correction: float
+    correction: float | Tensor
     """sqrt(1 - beta2**step)"""
     eps: float
-    step_size: float
+    step_size: float | Tensor
     """-lr / (1 - beta1**step)"""
 
 

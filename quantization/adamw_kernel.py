@@ -29,12 +29,12 @@ def _pointer(table_ptr, row, column: tl.constexpr):
 
 
 @triton.jit
-def _adamw_kernel(chunks_ptr, table_ptr, scalars_ptr, CHUNK: tl.constexpr):
+def _adamw_kernel(chunks_ptr, table_ptr, scalars_ptr, skip_ptr, CHUNK: tl.constexpr):
     row = tl.load(chunks_ptr + tl.program_id(0) * 3)
     first = tl.load(chunks_ptr + tl.program_id(0) * 3 + 1)
     size = tl.load(chunks_ptr + tl.program_id(0) * 3 + 2)
     at = first + tl.arange(0, CHUNK)
-    mask = at < size
+    mask = (at < size) & (tl.load(skip_ptr) == 0)  # of a skipped step, nothing is read or written
     keep = tl.load(scalars_ptr + row * _SCALARS)
     weight1 = tl.load(scalars_ptr + row * _SCALARS + 1)
     beta2 = tl.load(scalars_ptr + row * _SCALARS + 2)
@@ -79,17 +79,26 @@ def fits(update: Update) -> bool:
     return update.parameter.is_cuda and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
 
-def step(updates: Sequence[Update]) -> None:
-    """Apply updates that fit, on one device, in place. Nothing waits for the device."""
+def step(updates: Sequence[Update], skip: Tensor | None = None) -> None:
+    """Apply updates that fit, on one device, in place, or none where `skip`, a scalar on that device, is not 0.
+
+    Nothing waits for the device.
+    """
     device = updates[0].parameter.device
     chunks = _chunks(tuple(u.parameter.numel() for u in updates), device)
     if not len(chunks):
         return
     table = torch.tensor([[0 if t is None else t.data_ptr() for t in u[:7]] for u in updates], dtype=torch.int64)
-    scalars = torch.tensor([u.scalars for u in updates], dtype=torch.float32)
+    scalars = [[0.0 if isinstance(x, Tensor) else x for x in u.scalars] for u in updates]
+    scalars = torch.tensor(scalars, dtype=torch.float32)
     if device.type == "cuda":
         table, scalars = (t.pin_memory().to(device, non_blocking=True) for t in (table, scalars))
-    _adamw_kernel[(len(chunks),)](chunks, table, scalars, CHUNK=_CHUNK, enable_fp_fusion=False)
+    for column, values in enumerate(zip(*(u.scalars for u in updates))):
+        if isinstance(values[0], Tensor):
+            scalars[:, column] = torch.stack(values)
+    if skip is None:
+        skip = torch.zeros((), device=device)
+    _adamw_kernel[(len(chunks),)](chunks, table, scalars, skip, CHUNK=_CHUNK, enable_fp_fusion=False)
 
 
 @lru_cache(maxsize=16)

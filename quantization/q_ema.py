@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .linear import quant_linears
 
@@ -31,17 +31,30 @@ class QEma:
                 layer.reset_ema()
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Call once after every optimizer step."""
+    def update(self, skip: Tensor | None = None) -> None:
+        """Call once after every optimizer step. `skip`: see `lerp_unless`; it holds for the counters, too."""
         weights = [1 - layer.recipe.q_ema_beta for layer in self.layers]
         averages = [layer.weight_ema for layer in self.layers]
         masters = [layer.weight for layer in self.layers]
         if len(set(weights)) == 1:
-            torch._foreach_lerp_(averages, masters, weights[0])
+            lerp_unless(skip, averages, masters, weights[0])
         else:
             for average, master, weight in zip(averages, masters, weights):
-                average.lerp_(master, weight)
-        torch._foreach_add_([layer.ema_updates for layer in self.layers], 1)
+                lerp_unless(skip, [average], [master], weight)
+        done = 1 if skip is None else (1 - skip).long()
+        torch._foreach_add_([layer.ema_updates for layer in self.layers], done)
+
+
+def lerp_unless(skip: Tensor | None, averages: list[Tensor], targets: list[Tensor], weight: float) -> None:
+    """averages += weight (targets - averages), in place; nothing changes where `skip`, an fp32 scalar of 0 or 1, is 1.
+
+    `skip` may be on the device, which alone reads it. Without it, or where it is 0, the bits are those of `lerp_`. All
+    tensors must be finite.
+    """
+    if skip is not None:  # to go towards itself is to stay; sums with 0 are exact
+        targets = torch._foreach_mul(targets, 1 - skip)
+        torch._foreach_add_(targets, torch._foreach_mul(averages, skip))
+    torch._foreach_lerp_(averages, targets, weight)
 
 
 @contextmanager

@@ -45,6 +45,9 @@ class RampingAdamW(torch.optim.Optimizer):
     the usual ones (timm's weight-decay groups included). Periods, accumulators and counters are part of
     `state_dict`. They are kept in the parameter's dtype because `Optimizer.load_state_dict` casts all state to it.
 
+    A whole step can be called off on the device: with an attribute `found_inf`, a scalar, `step` changes nothing,
+    weight decay and step count included, where that is 1 (the fused optimizers of PyTorch read it as well).
+
     Raises ValueError for a learning rate, weight decay or eps below 0 and for betas outside [0, 1).
     """
 
@@ -99,51 +102,73 @@ class RampingAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        skip = getattr(self, "found_inf", None)
+        if skip is not None and skip.device.type == "cpu":
+            if skip:
+                return loss
+            skip = None
         together: dict[torch.device, list[Update]] = {}
-        for update in self._updates():
+        for update in self._updates(skip):
             if _kernel is not None and _kernel.fits(update):
                 together.setdefault(update.parameter.device, []).append(update)
             else:
-                step_parameter(update)
+                step_parameter(update, skip)
         for updates in together.values():
-            _kernel.step(updates)
+            _kernel.step(updates, skip)
         return loss
 
-    def _updates(self) -> Iterator[Update]:
+    def _updates(self, skip: Tensor | None) -> Iterator[Update]:
         """Counts the step of every parameter that has a gradient, and says how to update it."""
-        for group in self.param_groups:
-            lr, (beta1, beta2) = group["lr"], group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if "exp_avg" not in state:
-                    state["step"] = torch.zeros(())
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                state["step"] += 1
-                step = float(state["step"])  # on the CPU, as in torch.optim.AdamW: no synchronisation
-                scalars = Scalars(
-                    keep=1 - lr * group["weight_decay"],
-                    weight1=1 - beta1,
-                    beta2=beta2,
-                    weight2=1 - beta2,
-                    correction=(1 - beta2**step) ** 0.5,
-                    eps=group["eps"],
-                    step_size=-lr / (1 - beta1**step),
-                )
-                ramping = (state.get(name) for name in ("period", "grad_sum", "grad_count"))
-                yield Update(p, p.grad, state["exp_avg"], state["exp_avg_sq"], *ramping, scalars)
+        found = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p, _ in found:
+            state = self.state[p]
+            if "exp_avg" not in state:
+                state["step"] = torch.zeros((), device=p.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            state["step"] = state["step"].to(p.device)  # a loaded one may be elsewhere
+        for (p, group), (correction, step_size) in zip(found, self._bias_corrections(found, skip)):
+            state, lr, (beta1, beta2) = self.state[p], group["lr"], group["betas"]
+            scalars = Scalars(
+                keep=1 - lr * group["weight_decay"],
+                weight1=1 - beta1,
+                beta2=beta2,
+                weight2=1 - beta2,
+                correction=correction,
+                eps=group["eps"],
+                step_size=step_size,
+            )
+            ramping = (state.get(name) for name in ("period", "grad_sum", "grad_count"))
+            yield Update(p, p.grad, state["exp_avg"], state["exp_avg_sq"], *ramping, scalars)
+
+    def _bias_corrections(self, found: list[tuple[Tensor, dict]], skip: Tensor | None) -> Iterator[tuple]:
+        """Counts the step, unless `skip`; sqrt(1 - beta2**step) and -lr / (1 - beta1**step) of every parameter.
+
+        On a GPU, which alone knows how many steps were skipped, they are fp64 scalars there.
+        """
+        if not found:
+            return iter(())
+        steps = [self.state[p]["step"] for p, _ in found]
+        torch._foreach_add_(steps, 1 if skip is None else 1 - skip)
+        constants = [(group["lr"], *group["betas"]) for _, group in found]
+        if not steps[0].is_cuda:
+            numbers = zip(map(float, steps), constants)
+            return (((1 - beta2**t) ** 0.5, -lr / (1 - beta1**t)) for t, (lr, beta1, beta2) in numbers)
+        constants = torch.tensor(constants, dtype=torch.float64).T.contiguous().pin_memory()
+        lr, beta1, beta2 = constants.to(steps[0].device, non_blocking=True)
+        t = torch.stack(steps).double()
+        return zip((1 - beta2**t).sqrt().unbind(), (-lr / (1 - beta1**t)).unbind())
 
 
-def step_parameter(update: Update) -> None:
-    """One parameter's update in plain PyTorch, in place; every operation rounds once."""
+def step_parameter(update: Update, skip: Tensor | None = None) -> None:
+    """One parameter's update in plain PyTorch, in place; every operation rounds once. None where `skip` is not 0."""
     p, gradient, m, v, period, total, count, s = update
-    p.mul_(s.keep)
-    due = gradient.isfinite()
+    wanted = True if skip is None else skip == 0
+    p.mul_(s.keep if skip is None else torch.where(wanted, s.keep, 1.0))
+    due = gradient.isfinite() & wanted
     if period is not None:
         total += torch.where(due, gradient, 0)
         count += due
-        due = (count > 0) & (count % period == 0)
+        due = (count > 0) & (count % period == 0) & wanted
         gradient = total / count
 
     new_m = m + (gradient - m) * s.weight1
