@@ -329,6 +329,9 @@ def test_two_processes_train_alike(extra, recipe, capsys):
 
 MISTAKES = {
     "batch size 0": (["--batch-size", "0"], r"--batch-size: needs a whole number at least 1, got '0'"),
+    "save epochs": (["--save-epochs", "0"], r"--save-epochs: needs a whole number at least 1, got '0'"),
+    "save steps": (["--save-steps", "-1"], r"--save-steps: needs a whole number at least 0, got '-1'"),
+    "keep": (["--keep-checkpoints", "0"], r"--keep-checkpoints: needs a whole number at least 1, got '0'"),
     "epochs": (["--epochs", "two"], r"--epochs: needs a whole number at least 1, got 'two'"),
     "lr": (["--lr", "nan"], r"--lr: needs a number at least 0, got 'nan'"),
     "lr infinite": (["--lr", "inf"], r"--lr: needs a number at least 0, got 'inf'"),
@@ -603,7 +606,8 @@ def test_options_are_these():
         --distillation-tau --teacher-model --teacher-path --device --output-dir --resume --eval
         --matmul --compile --cuda-graph --clip-grad --track-oscillation --quantizers --backward-rounding
         --backward-operands --scaling --forward-element --backward-element --dampen --dampen-reduction --freeze
-        --osci-reset --osci-reset-interval --osci-reset-threshold --osci-reset-start --bad-images""".split()
+        --osci-reset --osci-reset-interval --osci-reset-threshold --osci-reset-start --bad-images
+        --save-epochs --save-steps --keep-checkpoints --deterministic""".split()
     )
 
 
