@@ -98,9 +98,7 @@ def report(model: nn.Module, step: Step, device: torch.device) -> NonFiniteSteps
     else:
         names = [name for name, p in model.named_parameters() if p.grad is not None]
         name = names[int(step.norms.nan_to_num(nan=torch.inf).argmax())]  # the first infinite one, else the largest
-        rank, cause = 2, f"every layer's output is finite, the gradient of {name} is not"
-        if step.norms.isfinite().all():
-            cause = f"the norm of all gradients is beyond fp32, the largest is that of {name}"
+        rank, cause = 2, f"every layer's output is finite, the gradient of {name} is not or its norm is beyond fp32"
     _, loss, cause = min(distributed.gather((rank, loss, cause)), key=lambda told: told[0])
     return NonFiniteSteps(
         f"loss or gradients were not finite in {MOST_IN_A_ROW} steps in a row, the last at {step.place}, loss "

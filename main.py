@@ -112,10 +112,11 @@ MODEL_RECIPES = {
     "swin_base_": {"drop_path": 0.5},
 }
 # A resumed run must train as the first part did, so these must not change; weights can always go to --finetune.
+# (--bad-images may: a first part that did not stop is the same either way.)
 SAME_ON_RESUME = (
     *("epochs", "batch_size", "lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "model_ema_decay"),
     *("drop_path", "smoothing", "mixup", "cutmix", "aa", "color_jitter", "reprob", "repeats", "data_set", "seed"),
-    *("bad_images", "clip_grad", "q_ramping_k1", "q_ramping_k2", "q_ramping_steps"),
+    *("clip_grad", "q_ramping_k1", "q_ramping_k2", "q_ramping_steps"),
     *("dampen", "dampen_reduction", "freeze"),
     *("osci_reset", "osci_reset_interval", "osci_reset_threshold", "osci_reset_start"),
     *("distillation_type", "distillation_alpha", "distillation_tau", "teacher_model"),

@@ -34,7 +34,7 @@ def _adamw_kernel(chunks_ptr, table_ptr, scalars_ptr, skip_ptr, CHUNK: tl.conste
     first = tl.load(chunks_ptr + tl.program_id(0) * 3 + 1)
     size = tl.load(chunks_ptr + tl.program_id(0) * 3 + 2)
     at = first + tl.arange(0, CHUNK)
-    mask = (at < size) & (tl.load(skip_ptr) == 0)  # of a skipped step, nothing is read or written
+    mask = at < tl.where(tl.load(skip_ptr) == 0, size, 0)  # in a skipped step, nothing is read or written
     keep = tl.load(scalars_ptr + row * _SCALARS)
     weight1 = tl.load(scalars_ptr + row * _SCALARS + 1)
     beta2 = tl.load(scalars_ptr + row * _SCALARS + 2)

@@ -441,6 +441,7 @@ MISTAKES = {
     "workers": (["--num-workers", "1000000"], r"--num-workers: needs a whole number from 0 to 512"),
     "model tag": (["--model", "deit_tiny_patch16_224.nope"], r"--model must be a model of timm, got 'deit_tiny"),
     "long path": (["--output-dir", "x" * 300], r"File name too long"),
+    "bad images": (["--bad-images", "skip"], r"is about image files \(IMNET, FOLDER\), got --data-set DIGITS; drop it"),
     "augmentation": (["--aa", "sharpen"], r"--aa must be none or one of timm's, .* got 'sharpen'"),
 }
 

@@ -346,8 +346,11 @@ def random_update(randn, shape, ramped: bool) -> Update:
     return Update(*tensors, *ramping, scalars)
 
 
-def test_kernel_steps_like_pytorch_bit_for_bit(randn, assert_same_bits):
-    """Parameters with and without periods, of more than one chunk, with a NaN in the gradient, in one launch."""
+def test_kernel_steps_like_pytorch_bit_for_bit(randn, device, assert_same_bits):
+    """Parameters with and without periods, of more than one chunk, with a NaN in the gradient, in one launch.
+
+    In the last two steps bias corrections come as tensors, and the very last one is skipped.
+    """
     adamw_kernel = pytest.importorskip("quantization.adamw_kernel", exc_type=ImportError)
     shapes = (((70, 45), True), ((100,), False), ((5000,), True))
     updates = [random_update(randn, shape, ramped) for shape, ramped in shapes]
@@ -356,6 +359,18 @@ def test_kernel_steps_like_pytorch_bit_for_bit(randn, assert_same_bits):
         adamw_kernel.step(updates)
         for update in expected:
             step_parameter(update)
+    for called_off in (0.0, 1.0):
+        skip = torch.tensor(called_off, device=device)
+        scalars = updates[0].scalars
+        corrections = torch.tensor([scalars.correction, scalars.step_size], dtype=torch.float64, device=device)
+        on_device = scalars._replace(correction=corrections[0], step_size=corrections[1])
+        before = [[t.clone() for t in update[:7] if t is not None] for update in expected]
+        adamw_kernel.step([update._replace(scalars=on_device) for update in updates], skip)
+        for update, old in zip(expected, before):
+            step_parameter(update._replace(scalars=on_device), skip)
+            if called_off:
+                for now, then in zip((t for t in update[:7] if t is not None), old):
+                    assert_same_bits(now, then)
     for got, want in zip(updates, expected):
         for name, a, b in zip(Update._fields[:7], got, want):
             if b is not None:

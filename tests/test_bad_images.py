@@ -1,0 +1,109 @@
+"""Image files that cannot be read: who takes their place, how they are counted, what is told of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets
+from datasets import LEFT_OUT, BadImages, DataConfig, ImageFiles, build_loaders, set_epoch, take_bad_images
+from engine import evaluate
+from errors import UserError
+from main import main
+
+CONFIG = DataConfig("FOLDER", None, False, 8, 3, 0, 1, 0, "none", 0.0, 0.0, BadImages.SKIP)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Six images a half, three of each class; image i of a class is grey all over, with i in its brightness."""
+    monkeypatch.chdir(tmp_path)
+    for half in ("train", "val"):
+        for label, brightness in (("dark", 0), ("light", 128)):
+            directory = tmp_path / "images" / half / label
+            directory.mkdir(parents=True)
+            for i in range(3):
+                Image.fromarray(np.full((20, 20, 3), brightness + 20 * i, np.uint8)).save(directory / f"{i}.png")
+    return tmp_path / "images"
+
+
+def spoil(folder: Path, *names: str) -> set[str]:
+    """Truncated in the middle, no image at all, and empty, in turn."""
+    for i, name in enumerate(names):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes((content[: len(content) // 2], b"no image", b"")[i % 3])
+    return {str(folder / name) for name in names}
+
+
+def test_the_next_readable_image_takes_the_place(folder):
+    """Files in order: dark 0 1 2, light 0 1 2. The place behind the last one is the first one's."""
+    spoil(folder, "train/dark/2.png", "train/light/0.png", "train/light/2.png")
+    files = ImageFiles(folder / "train", datasets.T.ToTensor(), BadImages.SKIP)
+    used, names = [0, 1, 4, 4, 4, 0], ["dark/2", "light/0", "light/2"]
+    bad = {2: names[:2], 3: names[1:2], 5: names[2:]}
+    for index in range(6):
+        image, label = files[index]
+        assert round(float(image.mean() * 255)) == [0, 20, 40, 128, 148, 168][used[index]]
+        assert (label < 0) == (index in bad)
+        if label < 0:
+            label, paths = files.decode(label)
+            assert paths == [str(folder / "train" / f"{name}.png") for name in bad[index]]
+        assert label == int(used[index] >= 3)
+    files.bad_images = BadImages.STOP
+    with pytest.raises(UserError, match=r"light.0\.png is not .*; replace or remove it, or pass --bad-images skip"):
+        files[3]
+
+
+def test_no_readable_image_at_all(folder):
+    spoil(folder, *(f"val/{label}/{i}.png" for label in ("dark", "light") for i in range(3)))
+    with pytest.raises(UserError, match=r"none of its 6 files is a readable one"):
+        ImageFiles(folder / "val", None, BadImages.SKIP)[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_count_exactly_and_give_ordinary_labels(workers, folder):
+    spoiled = spoil(folder, "train/dark/1.png", "train/dark/2.png", "val/light/2.png")
+    config = DataConfig(**{**vars(CONFIG), "path": str(folder), "num_workers": workers})
+    loaders = build_loaders(config)
+    for epoch in range(2):
+        set_epoch(loaders.train, config, epoch)
+        order = list(loaders.train.sampler)
+        assert torch.cat([labels for _, labels in loaders.train]).tolist() == [int(index > 0) for index in order]
+        count, paths = take_bad_images(loaders.train)
+        assert count == 2 and paths == {path for path in spoiled if "train" in path}
+    assert torch.cat([labels for _, labels in loaders.val]).tolist() == [0, 0, 0, 1, 1, LEFT_OUT]
+    assert take_bad_images(loaders.val) == (1, {path for path in spoiled if "val" in path})
+    assert take_bad_images(loaders.val)[0] == 0 and take_bad_images(loaders.calibration)[0] == 0
+
+
+def test_a_held_out_image_that_is_left_out_is_neither_right_nor_wrong(folder, device):
+    """The same numbers as without the file."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2)).to(device)
+    config = DataConfig(**{**vars(CONFIG), "path": str(folder)})
+    (spoiled,) = spoil(folder, "val/light/1.png")
+    with_it = evaluate(model, build_loaders(config).val, device)
+    Path(spoiled).unlink()
+    assert with_it == pytest.approx(evaluate(model, build_loaders(config).val, device))
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_run_skips_counts_and_names_each_once(workers, folder, capsys):
+    spoiled = spoil(folder, "train/dark/1.png", "val/light/2.png")
+    options = ["--data-set", "FOLDER", "--data-path", str(folder), "--batch-size", "2", "--input-size", "8"]
+    options += ["--model", "deit_micro_patch4_32", "--num-workers", workers, "--repeats", "1", "--device", "cpu"]
+    options += ["--epochs", "2", "--warmup-epochs", "0", "--output-dir", "out", "--model-ema-decay", "0.9"]
+    assert main(options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"main.py: error: \S+\.png is not a readable image .* or pass --bad-images skip", error)
+    assert main([*options, "--bad-images", "skip", "--resume", "auto"]) == 0
+    printed = capsys.readouterr().out
+    assert [line["bad_images"] for line in map(json.loads, Path("out/log.txt").read_text().splitlines())] == [2, 2]
+    assert printed.count("2 images were not readable") == 2
+    for path in spoiled:
+        assert printed.count(f"note    {path} is not a readable image and was left out") == 1

@@ -1,0 +1,366 @@
+"""Steps that are not finite: nothing of them stays, they are counted, and ten in a row stop the run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+import main as program
+from divergence import MOST_IN_A_ROW, Skips, Step, first_output_that_is_not_finite
+from engine import TrainStep, train_one_epoch
+from errors import NonFiniteSteps
+from main import main, update_average
+from quantization import QEma, QuantLinear, RampingAdamW, Recipe, detect_oscillation
+
+NAN, INF = float("nan"), float("inf")
+Batch = tuple[Tensor, Tensor]
+
+
+class Net(nn.Module):
+    """Batch norm, a quantized layer with a moving average, and a head. It draws no random number going forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(40)
+        self.hidden = QuantLinear(40, 32, recipe=Recipe().with_q_ema(0.9))
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.gelu(self.hidden(self.norm(x))))
+
+
+class Training:
+    """A run on `Net` with everything that has a state."""
+
+    def __init__(self, optimizer: str, device: torch.device, clip_grad: float = 0.0) -> None:
+        torch.manual_seed(0)
+        self.model = Net().to(device).train()
+        options = {"lr": 0.01, "weight_decay": 0.1}
+        if optimizer == "RampingAdamW":
+            self.optimizer = RampingAdamW(self.model.parameters(), **options)
+            weight = self.model.hidden.weight
+            self.optimizer.set_periods({weight: torch.randint(1, 4, weight.shape, device=device)})
+        else:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), **options, fused=device.type == "cuda")
+        self.q_ema, self.average = QEma(self.model), ModelEmaV3(self.model, 0.9)
+        self.step = TrainStep(self.model, self.criterion, self.optimizer, device, clip_grad=clip_grad)
+        self.poison: Callable[[Tensor], Tensor] = lambda loss: loss
+
+    def criterion(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.poison(F.cross_entropy(outputs, targets))
+
+    def __call__(self, batch: Batch, seed: int) -> None:
+        torch.manual_seed(seed)  # stochastic rounding draws the same in runs with and without the steps before
+        self.step(batch)
+        self.q_ema.update(self.step.skip)
+        update_average(self.average, self.model, self.step.skip)
+
+    def state(self) -> list[Tensor]:
+        tensors = [*self.model.state_dict().values(), *self.average.state_dict().values()]
+        return [t.clone() for t in (*tensors, *(v for s in self.optimizer.state.values() for v in s.values()))]
+
+
+@pytest.fixture
+def batches(randn, device) -> list[Batch]:
+    return [(randn(8, 40), torch.arange(8, device=device) % 3) for _ in range(8)]
+
+
+def nan_image(training: Training, batch: Batch) -> Batch:
+    images = batch[0].clone()
+    images[3, 5] = NAN
+    return images, batch[1]
+
+
+def infinite_image(training: Training, batch: Batch) -> Batch:
+    images = batch[0].clone()
+    images[0, 0] = INF
+    return images, batch[1]
+
+
+def loss_without_its_gradient(training: Training, batch: Batch) -> Batch:
+    training.poison = lambda loss: loss + NAN
+    return batch
+
+
+def loss_cut_off(training: Training, batch: Batch) -> Batch:
+    """A loss that is NaN while all gradients are 0."""
+    training.poison = lambda loss: torch.where(torch.ones_like(loss, dtype=torch.bool), NAN, loss)
+    return batch
+
+
+def gradient_of_one_layer(training: Training, batch: Batch) -> Batch:
+    handle = training.model.hidden.bias.register_hook(lambda g: handle.remove() or torch.full_like(g, INF))
+    return batch
+
+
+def norm_beyond_fp32(training: Training, batch: Batch) -> Batch:
+    training.poison = lambda loss: loss * 1e25
+    return batch
+
+
+POISONS = [
+    nan_image,
+    infinite_image,
+    loss_without_its_gradient,
+    loss_cut_off,
+    gradient_of_one_layer,
+    norm_beyond_fp32,
+]
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("clip_grad", [0.0, 0.5])
+@pytest.mark.parametrize("optimizer", ["AdamW", "RampingAdamW"])
+def test_a_skipped_step_never_happened(optimizer, clip_grad, poison, batches, device, assert_same_bits):
+    """Step 0 among the skipped ones: no state before it. Against a run that never saw the poisoned batches."""
+    skipped = {0, 3, 4}
+    run, other = Training(optimizer, device, clip_grad), Training(optimizer, device, clip_grad)
+    for i, batch in enumerate(batches):
+        if i in skipped:
+            before = run.state()
+            run(poison(run, batch), seed=i)
+            run.poison = lambda loss: loss
+            after = run.state()
+            if i > 0:  # the optimizer makes its state in the first step
+                for a, b in zip(after, before, strict=True):
+                    assert_same_bits(a, b, f"step {i}")
+        else:
+            run(batch, seed=i)
+            other(batch, seed=i)
+        assert run.step.skip.item() == (i in skipped)
+    run.step.settle()
+    assert run.step.skips.count == 3 and run.step.skips.in_a_row == 0
+    for a, b in zip(run.state(), other.state(), strict=True):
+        assert_same_bits(a, b)
+
+
+def test_without_a_flag_averages_have_the_bits_of_timms_and_torchs(batches, device, assert_same_bits):
+    run = Training("AdamW", device)
+    theirs, ema = ModelEmaV3(run.model, 0.9), run.model.hidden.weight_ema.clone()
+    for i, batch in enumerate(batches):
+        run(batch, seed=i)
+        theirs.update(run.model)
+        ema.lerp_(run.model.hidden.weight.detach(), 1 - 0.9)
+        for a, b in zip(run.average.state_dict().values(), theirs.state_dict().values(), strict=True):
+            assert_same_bits(a, b)
+        assert_same_bits(run.model.hidden.weight_ema, ema)
+
+
+def test_an_epochs_means_are_those_of_its_other_steps(batches, device):
+    run = Training("AdamW", device)
+    loader = [nan_image(run, batch) if i == 2 else batch for i, batch in enumerate(batches)]
+    numbers = train_one_epoch(run.step, loader, 0, 1, lambda: None)
+    other = Training("AdamW", device)
+    torch.manual_seed(0)
+    losses = [other.step(batch)[0].item() for batch in loader]
+    assert numbers["skipped_steps"] == 1
+    good = losses[:2] + losses[3:]
+    assert numbers["train_loss"] == pytest.approx(sum(good) / 7, rel=0.05) and losses[2] != losses[2]
+    assert numbers["train_loss"] == numbers["train_loss"]
+
+
+def test_a_skipped_step_of_a_detection_is_no_movement(batches, device):
+    """The ratios are those over the other steps."""
+    ratios = []
+    for poisoned in (True, False):
+        run = Training("RampingAdamW", device)
+        loader = batches[:4]
+        if poisoned:
+            loader = [loader[0], nan_image(run, loader[1]), *loader[1:]]
+        places = iter([0, -1, 1, 2, 3] if poisoned else range(4))
+
+        def step(batch, run=run, places=places):
+            torch.manual_seed(next(places) + 10)
+            run.step(batch)
+
+        before = [t.clone() for t in run.state()]
+        ratios.append(detect_oscillation(run.model, run.optimizer, step, loader, steps=len(loader)))
+        run.step.settle()
+        assert run.step.skips.count == poisoned
+        assert all(torch.equal(a, b) for a, b in zip(run.state(), before, strict=True))
+    for a, b in zip(*(r.values() for r in ratios), strict=True):
+        assert torch.equal(a, b) and a.any()
+
+
+STOPS = [
+    (nan_image, r"the first output that is not finite is that of norm, and the images are not finite themselves"),
+    (loss_without_its_gradient, r"loss nan: every layer's output is finite, the loss is not"),
+    (gradient_of_one_layer, r"loss \d\.\d+: every layer's output is finite, the gradient of hidden.bias is not"),
+    (norm_beyond_fp32, r"loss \d[\d.e+]+: every layer's output is finite, the gradient of norm.weight is not or its"),
+]
+
+
+@pytest.mark.parametrize(("poison", "cause"), STOPS, ids=[poison.__name__ for poison, _ in STOPS])
+def test_ten_in_a_row_stop_the_run_and_name_the_cause(poison, cause, batches, device):
+    run = Training("AdamW", device)
+    run(batches[0], seed=0)
+    run.step.place = "epoch 1, step 2"
+    before = run.state()
+    for _ in range(MOST_IN_A_ROW):
+        run.step(poison(run, batches[1]))
+    generator = torch.get_rng_state()
+    with pytest.raises(NonFiniteSteps, match=r"at epoch 1, step 2, learning rate 0\.01, loss ") as stopped:
+        run.step.settle()
+    assert re.search(cause, str(stopped.value)), stopped.value
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(a, b) for a, b in zip(run.state(), before, strict=True))
+
+
+def test_nine_in_a_row_do_not_and_the_eleventh_step_is_not_taken(batches, device):
+    run = Training("AdamW", device)
+    run(batches[0], seed=0)
+    for _ in range(2):
+        for _ in range(MOST_IN_A_ROW - 1):
+            run.step(nan_image(run, batches[1]))
+        run.step(batches[2])
+    run.step.settle()
+    assert run.step.skips.count == 2 * (MOST_IN_A_ROW - 1)
+    for _ in range(MOST_IN_A_ROW):
+        run.step(nan_image(run, batches[1]))
+    weight = run.model.head.weight.clone()
+    with pytest.raises(NonFiniteSteps):
+        run.step(batches[3])
+    assert torch.equal(run.model.head.weight, weight)
+
+
+def test_the_row_goes_on_in_another_process(device):
+    bad = Step(torch.zeros(1), torch.tensor(NAN, device=device), torch.ones(1, device=device), "here")
+    skips, other = Skips(), Skips()
+    for _ in range(MOST_IN_A_ROW - 1):
+        skips.decide(bad)
+        assert skips.settle() is None
+    other.load_state_dict(copy.deepcopy(skips.state_dict()))
+    other.decide(bad)
+    assert other.newest() and other.settle() is bad and other.settle() is None and other.in_a_row == 0
+
+
+def test_the_innermost_module_is_named_and_running_statistics_stay(batches, device):
+    model = nn.Sequential(nn.Linear(40, 40), Net()).to(device).train()
+    model[1].hidden.weight.data[3, 4] = 1e38
+    model[1].hidden.bias.data.fill_(INF)
+    before = copy.deepcopy(model.state_dict())
+    assert first_output_that_is_not_finite(model, batches[0][0]) == "1.hidden"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert first_output_that_is_not_finite(nn.Linear(40, 1).to(device), batches[0][0]) is None
+
+
+TWO_PROCESSES = """
+import sys, torch
+from torch import nn
+import distributed
+from engine import TrainStep
+from errors import NonFiniteSteps
+
+device = distributed.start("cpu")
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+bad_now = False
+
+def criterion(outputs, targets):  # NaN with gradients of 0 in one process, a finite loss in the other
+    loss = nn.functional.cross_entropy(outputs, targets)
+    return torch.where(torch.tensor(bad_now and distributed.rank() == 1), float("nan"), loss)
+
+parallel = nn.parallel.DistributedDataParallel(model)
+step = TrainStep(parallel, criterion, torch.optim.AdamW(model.parameters(), lr=0.1), device)
+torch.manual_seed(distributed.rank())
+try:
+    for i in range(4 + 11):
+        bad_now = i == 2 or i >= 5
+        before = [p.clone() for p in model.parameters()]
+        step((torch.randn(4, 6), torch.arange(4) % 3))
+        same = all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        assert same == bad_now == bool(step.skip), (i, same)
+    step.settle()
+except NonFiniteSteps as error:
+    for told in distributed.gather((step.skips.count, i, str(error), [p.tolist() for p in model.parameters()])):
+        if distributed.is_main(): print(told)
+distributed.stop()
+"""
+
+
+def test_processes_agree(tmp_path):
+    """A NaN in one process alone, which no gradient tells the other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={port}", "two.py"]
+    env = os.environ | {"PYTHONPATH": str(Path(program.__file__).parent), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == second and first.startswith("(11, 14, ")
+    assert "learning rate 0.1, loss nan: every layer's output is finite, the loss is not" in first
+
+
+RUN = ["--quant", "mxfp4", "--batch-size", "96", "--epochs", "1", "--warmup-epochs", "0", "--device", "cpu"]
+RUN += ["--model", "deit_nano_patch4_32", "--input-size", "8", "--output-dir", "out"]
+
+
+@pytest.fixture
+def poisoned(monkeypatch, tmp_path):
+    """poisoned(steps): in these steps, counted from 0, the first block's fc1 puts out infinite numbers."""
+    monkeypatch.chdir(tmp_path)
+    build = program.build_model
+
+    def poison(steps: range) -> None:
+        def build_poisoned(*arguments):
+            model, calls = build(*arguments), iter(range(10**6))
+
+            def hook(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+                return output * INF if layer.training and next(calls) in steps else None
+
+            model.blocks[0].mlp.fc1.register_forward_hook(hook)
+            return model
+
+        monkeypatch.setattr(program, "build_model", build_poisoned)
+
+    return poison
+
+
+@pytest.mark.parametrize("answer", [["--q-ema"], ["--freeze", "0.01"], ["--osci-reset"], ["--dampen", "0.1"]])
+def test_a_run_counts_what_it_skips(answer, poisoned, capsys):
+    poisoned(range(3, 5))
+    assert main([*RUN, *answer, "--model-ema-decay", "0.9"]) == 0
+    log = json.loads(Path("out/log.txt").read_text())
+    assert log["skipped_steps"] == 2 and log["train_loss"] < 5 and log["ema_acc1"] > 0
+    assert "2 steps were not finite and skipped" in capsys.readouterr().out
+    state = torch.load("out/checkpoint.pth", weights_only=True)
+    done = 14 - 2  # of the 14 steps
+    assert {s["step"].item() for s in state["optimizer"]["state"].values()} == {done}
+    if answer == ["--q-ema"]:
+        assert {int(v) for name, v in state["model"].items() if name.endswith("ema_updates")} == {done}
+    else:
+        assert state["more"]["oscillation"]["step"] == done
+    assert all(v.isfinite().all() for part in ("model", "model_ema") for v in state[part].values())
+
+
+def test_a_diverged_run_leaves_a_checkpoint_to_go_on_from(poisoned, capsys):
+    poisoned(range(2, 100))
+    assert main(RUN) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"main.py: diverged: loss or gradients were not finite in 10 steps in a row, the last at epoch 1, step 12, "
+        r"learning rate [\d.e-]+, loss nan: the first output that is not finite is that of blocks\.0\.mlp\.fc1; "
+        r"lower --lr, lengthen --warmup-epochs, or look at the data",
+        error,
+    )
+    state = torch.load("out/checkpoint.pth", weights_only=True)
+    assert {s["step"].item() for s in state["optimizer"]["state"].values()} == {2}
+    assert all(v.isfinite().all() for v in state["model"].values()) and state["more"]["skips"] == {"in_a_row": 0}
+    poisoned(range(0))
+    assert main([*RUN, "--resume", "auto"]) == 0
+    assert json.loads(Path("out/log.txt").read_text().splitlines()[-1])["skipped_steps"] == 0
