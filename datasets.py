@@ -89,6 +89,9 @@ DATA_SETS = {
 }
 
 
+DOWNLOADABLE = ("FASHION", "CIFAR10", "CIFAR100")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """One run's data: which set, how its images are prepared, how they are dealt out."""
@@ -106,6 +109,8 @@ class DataConfig:
     aa: str
     color_jitter: float
     reprob: float
+    keep_last_batch: bool = False
+    """Train on the images that do not fill a batch, too."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,7 @@ def build_loaders(config: DataConfig) -> Loaders:
             sampler = RepeatAugSampler(train, num_repeats=config.repeats, **sampler_options)
         else:
             sampler = DistributedSampler(train, **sampler_options)
-        return _loader(train, config, sampler=sampler, drop_last=True)
+        return _loader(train, config, sampler=sampler, drop_last=not config.keep_last_batch)
 
     loader = train_loader()
     if len(loader) == 0:
