@@ -40,6 +40,7 @@ RESUMED = {
     "int4": ["--quant", "int4"],
     "dampen": ["--dampen", "0.1", "--dampen-reduction", "kernel_mean"],
     "freeze": ["--freeze", "0.002", "--batch-size", "72", "--lr", "0.2"],
+    "micro-batches": ["--accumulate-steps", "2", "--checkpoint-activations", "--keep-last-batch", "--q-ema"],
     "osci-reset": OSCI_RESET,  # six steps: a window is open at the end of the first epoch
 }
 
@@ -421,7 +422,7 @@ MISTAKES = {
     "no micro-batch": (["--accumulate-steps", "0"], r"--accumulate-steps: needs a whole number at least 1, got '0'"),
     "cannot recompute": (
         ["--checkpoint-activations", "--model", "pit_ti_224", "--input-size", "224"],
-        r"--checkpoint-activations needs a model that can recompute, got --model pit_ti_224",
+        r"--checkpoint-activations needs a model that timm can recompute, got --model pit_ti_224",
     ),
     "old model name": (["--model", "xception"], r"--model must be a model of timm, got 'xception'; did you mean"),
     "download nothing": (["--download"], r"--download fetches FASHION, CIFAR10, CIFAR100, got --data-set DIGITS; drop"),
