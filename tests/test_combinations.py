@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,7 +94,9 @@ def in_plain_lines(model: nn.Module, method: str, micro_batches: int, clip_grad:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("micro_batches", "clip_grad", "checkpointed"), product((1, 3), (0.0, 0.5), (False, True)))
+@pytest.mark.parametrize(
+    ("micro_batches", "clip_grad", "checkpointed"), list(product((1, 3), (0.0, 0.5), (False, True)))
+)
 def test_every_combination_trains_as_in_plain_lines(method, micro_batches, clip_grad, checkpointed):
     """Bit for bit, stochastic rounding and dropped paths included; the last batch is a single image."""
     plain, model = build(METHODS[method]), build(METHODS[method], checkpointed=checkpointed)
@@ -263,20 +264,6 @@ class TestRecomputedActivations:
         assert torch.equal(less["rng"][0]["torch"], plain["rng"][0]["torch"])
         assert read(tmp_path / "plain/oscillation.csv") == read(tmp_path / "less/oscillation.csv")
 
-    def test_under_torch_compile(self):
-        """Traced without the code generator: the keys of the backward pass are drawn in the same order."""
-        results = []
-        for compiled in (False, True):
-            model = build(Recipe(), drop_path=0.0, checkpointed=True)
-            if compiled:
-                model.compile(backend="aot_eager")
-            torch.manual_seed(3)
-            loss = F.cross_entropy(model(batches(5)[0][0]), batches(5)[0][1])
-            loss.backward()
-            results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
-        assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
-        assert torch.allclose(results[0][1], results[1][1], rtol=1e-3, atol=1e-4)
-
 
 class _Quantized(torch.autograd.Function):
     """Eq. 6-7 of the paper in their own words."""
@@ -365,4 +352,3 @@ class TestLastBatch:
             states.append(torch.load(directory / "checkpoint.pth", weights_only=True))
         assert {float(s["step"]) for s in states[0]["optimizer"]["state"].values()} == {3.0}  # 700, 700 and 37 images
         assert all(torch.equal(states[1]["model"][name], value) for name, value in states[0]["model"].items())
-        assert not Path("runs").exists() or Path("runs").is_dir()

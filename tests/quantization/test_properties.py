@@ -41,11 +41,8 @@ NOT_FINITE = st.sampled_from([0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00001, 0x
 @st.composite
 def tensors(draw, finite: bool = False, max_elements: int = 200, dtypes=(torch.float32,)) -> torch.Tensor:
     """Up to three axes, permuted, sliced, expanded or as they come; in one of the dtypes."""
-    shape = draw(
-        st.lists(st.one_of(st.integers(1, 5), st.integers(0, 70)), min_size=0, max_size=3).filter(
-            lambda s: math.prod(s) <= max_elements
-        )
-    )
+    lengths = st.one_of(st.integers(1, 5), st.integers(0, 70))
+    shape = draw(st.lists(lengths, max_size=3).filter(lambda s: math.prod(s) <= max_elements))
     patterns = PATTERNS if finite else st.one_of(PATTERNS, PATTERNS, PATTERNS, NOT_FINITE)
     # A few patterns, dealt out: small examples, and groups that hold several alike.
     few = draw(st.lists(patterns, min_size=1, max_size=40))
