@@ -88,7 +88,7 @@ def load(path: Path, identity: dict) -> dict:
     Raises UserError for a file that is missing, unreadable, not ours, or of a run whose `identity` differs.
     """
     state = _read(path)
-    if state.get("format") != FORMAT or state.get("version") != VERSION:
+    if _differ(FORMAT, state.get("format")) or _differ(VERSION, state.get("version")):
         raise UserError(
             f"--resume needs a checkpoint of this program, version {VERSION}; {path} is none. "
             "Weights of a stock model go to --finetune"
@@ -96,7 +96,7 @@ def load(path: Path, identity: dict) -> dict:
     theirs = state.get("identity")
     if not isinstance(theirs, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"--resume found {path} damaged, parts of it are missing; give another file")
-    different = [name for name in identity if identity[name] != theirs.get(name)]
+    different = [name for name in identity if _differ(identity[name], theirs.get(name))]
     if different:
         name = different[0]
         raise UserError(
@@ -148,6 +148,10 @@ def _read(path: Path) -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}; give another file")
     return state
+
+
+def _differ(ours: object, theirs: object) -> bool:
+    return isinstance(theirs, torch.Tensor) or ours != theirs  # a tensor compares element by element
 
 
 def _short(value: object) -> str:

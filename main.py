@@ -126,7 +126,7 @@ class Parser(argparse.ArgumentParser):
     """Reports a bad argument in one line."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
 
 
 def number(kind: type, low: float, high: float = float("inf"), open_high: bool = False):
