@@ -179,7 +179,7 @@ def load(path: Path, identity: dict) -> dict:
     Raises UserError for a file that is missing, unreadable, not ours, or of a run whose `identity` differs.
     """
     state = _read(path, whole=True)
-    if state.get("format") != FORMAT or state.get("version") != VERSION:
+    if _differ(FORMAT, state.get("format")) or _differ(VERSION, state.get("version")):
         raise Damaged(
             f"--resume needs a checkpoint of this program, version {VERSION}; {path} is none. "
             "Weights of a stock model go to --finetune"
@@ -187,7 +187,7 @@ def load(path: Path, identity: dict) -> dict:
     theirs = state.get("identity")
     if not isinstance(theirs, dict) or not isinstance(state.get("model"), dict) or not all(p in state for p in PARTS):
         raise Damaged(f"--resume found {path} damaged, parts of it are missing; give another file")
-    different = [name for name in identity if identity[name] != theirs.get(name)]
+    different = [name for name in identity if _differ(identity[name], theirs.get(name))]
     if different:
         name = different[0]
         raise UserError(
@@ -244,6 +244,10 @@ def _read(path: Path, whole: bool = False) -> dict:
     if not isinstance(state, dict):
         raise Damaged(f"{path} is not a checkpoint: it holds a {type(state).__name__}; give another file")
     return state
+
+
+def _differ(ours: object, theirs: object) -> bool:
+    return isinstance(theirs, torch.Tensor) or ours != theirs  # a tensor compares element by element
 
 
 def _short(value: object) -> str:

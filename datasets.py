@@ -94,6 +94,7 @@ DATA_SETS = {
 }
 
 
+DOWNLOADABLE = ("FASHION", "CIFAR10", "CIFAR100")
 IN_FILES = ("IMNET", "FOLDER")  # a file an image
 
 
@@ -123,6 +124,8 @@ class DataConfig:
     color_jitter: float
     reprob: float
     bad_images: BadImages = BadImages.STOP
+    keep_last_batch: bool = False
+    """Train on the images that do not fill a batch, too."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,7 @@ def build_loaders(config: DataConfig) -> Loaders:
             sampler = RepeatAugSampler(train, num_repeats=config.repeats, **sampler_options)
         else:
             sampler = DistributedSampler(train, **sampler_options)
-        batches = EpochBatches(sampler, config.batch_size, drop_last=True)
+        batches = EpochBatches(sampler, config.batch_size, drop_last=not config.keep_last_batch)
         return _loader(PlannedBatches(train), config, batch_sampler=batches)
 
     loader = train_loader()

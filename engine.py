@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
+from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -50,6 +52,9 @@ class TrainStep:
     """Of the newest step: 1 if it was skipped, else 0; fp32, on the device."""
     place: str = field(default="the start", init=False)
     """Of the next step in the run, for the message of NonFiniteSteps."""
+    accumulate_steps: int = 1
+    """Micro-batches, one after the other, into which a batch is cut. The gradient stays that of the mean over the
+    batch, also where they differ in size by one image; a batch of fewer images has fewer micro-batches."""
 
     def __post_init__(self) -> None:
         self._statistics = running_statistics(self.model)
@@ -71,8 +76,10 @@ class TrainStep:
         """
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         targets = labels
-        if self.mixup is not None:
+        if self.mixup is not None and len(images) % 2 == 0:
             images, targets = self.mixup(images, labels)
+        elif self.mixup is not None:  # a last batch whose images do not pair off: labels are smoothed alone
+            targets = mixup_target(labels, self.mixup.num_classes, 1.0, self.mixup.label_smoothing)
         statistics = [tensor.clone() for tensor in self._statistics]
         loss, logits = self._passes(images, targets)
         self.settle()  # the device has this step's passes to work at meanwhile
@@ -113,16 +120,36 @@ class TrainStep:
                 raise report(model, last, self.device)
 
     def _forward_and_backward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        parts = min(self.accumulate_steps, len(images))
+        if parts == 1:
+            loss, logits = self._forward(images, targets)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            return loss.detach(), logits
+        losses, all_logits = [], []
+        self.optimizer.zero_grad(set_to_none=True)
+        with weights_quantized_once(self.model):
+            for i, micro_batch in enumerate(zip(images.tensor_split(parts), targets.tensor_split(parts)), start=1):
+                # The ranks average their gradients once, after the last micro-batch.
+                alone = i < parts and isinstance(self.model, DistributedDataParallel)
+                with self.model.no_sync() if alone else nullcontext():
+                    loss, logits = self._forward(*micro_batch)
+                    loss = loss * (len(logits) / len(images))
+                    loss.backward()
+                losses.append(loss.detach())
+                all_logits.append(logits)
+        return torch.stack(losses).sum(), torch.cat(all_logits)
+
+    def _forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the class logits without a gradient."""
         with autocast(self.device):
             outputs = self.model(images)
             if isinstance(self.criterion, DistillationLoss):
                 loss = self.criterion(images, outputs, targets)
             else:
                 loss = self.criterion(outputs, targets)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
-        return loss.detach(), logits.detach()
+        return loss, logits.detach()
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -186,7 +213,7 @@ def train_one_epoch(
                 bar.set_postfix_str(f"loss {loss_mean:.4f}, acc {100 * share:.1f} %, {speed:.0f} img/s, lr {lr:.1e}")
         step.settle()
     seconds = time.perf_counter() - start
-    seen = sums.images * distributed.world_size()  # drop_last: every process sees as many
+    seen = sums.images * distributed.world_size()  # samplers deal every process as many
     counted, loss_sum, correct_sum = distributed.all_reduce_sum(sums.totals.clone())
     return {
         "train_loss": float(loss_sum / counted),

@@ -31,6 +31,7 @@ import timm
 from datasets import (
     CALIBRATION_ORDER,
     DATA_SETS,
+    DOWNLOADABLE,
     IN_FILES,
     RAND_AUGMENT,
     BadImages,
@@ -116,6 +117,7 @@ MODEL_RECIPES = {
 SAME_ON_RESUME = (
     *("epochs", "batch_size", "lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "model_ema_decay"),
     *("drop_path", "smoothing", "mixup", "cutmix", "aa", "color_jitter", "reprob", "repeats", "data_set", "seed"),
+    *("accumulate_steps", "keep_last_batch"),
     *("clip_grad", "q_ramping_k1", "q_ramping_k2", "q_ramping_steps"),
     *("dampen", "dampen_reduction", "freeze"),
     *("osci_reset", "osci_reset_interval", "osci_reset_threshold", "osci_reset_start"),
@@ -124,6 +126,7 @@ SAME_ON_RESUME = (
 EXIT_CODES = """exit codes: 0 done, 1 diverged, 2 something in the command must change, 130 interrupted,
 75 stopped by SIGTERM or SIGUSR1 with a checkpoint: start again with --resume auto. A second signal ends at once"""
 Q_EMA_BETA, Q_RAMPING = 0.998, {"q_ramping_k1": 16.0, "q_ramping_k2": 5, "q_ramping_steps": 30}
+DISTILLATION = {"distillation_alpha": 0.5, "distillation_tau": 1.0, "teacher_model": None, "teacher_path": None}
 RECIPE_SWITCHES = (
     *("quantizers", "backward_rounding", "backward_operands", "scaling", "forward_element", "backward_element"),
 )
@@ -134,7 +137,7 @@ class Parser(argparse.ArgumentParser):
     """Reports a bad argument in one line."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
 
 
 def number(kind: type, low: float, high: float = float("inf"), open_high: bool = False):
@@ -269,12 +272,20 @@ def build_parser() -> Parser:
     recipe_option(group, "--aa", str, "timm's automatic augmentation, or none")
     recipe_option(group, "--color-jitter", number(float, 0, 10), "strength; replaced by --aa where that is on")
     recipe_option(group, "--reprob", share, "probability of random erasing")
+    group.add_argument(
+        "--keep-last-batch",
+        action="store_true",
+        help="train on the images that do not fill a batch, too; Mixup leaves them as they are if they do not pair off",
+    )
     recipe_option(group, "--mixup", amount, "alpha of Mixup; 0 for none")
     recipe_option(group, "--cutmix", amount, "alpha of CutMix; 0 for none")
 
     group = parser.add_argument_group("training")
     recipe_option(group, "--epochs", positive, "length of the run")
     recipe_option(group, "--batch-size", positive, "images a step and process")
+    group.add_argument(
+        "--accumulate-steps", type=positive, default=1, help="micro-batches that a batch is cut into (default: 1)"
+    )
     recipe_option(group, "--lr", amount, "learning rate at a global batch of 512; scaled linearly")
     recipe_option(group, "--min-lr", amount, "end of the cosine")
     recipe_option(group, "--warmup-lr", amount, "start of the warm-up")
@@ -289,8 +300,8 @@ def build_parser() -> Parser:
 
     group = parser.add_argument_group("distillation")
     group.add_argument("--distillation-type", choices=("none", "soft", "hard"), default="none", help="default: none")
-    group.add_argument("--distillation-alpha", type=share, default=0.5, help="weight of the teacher (default: 0.5)")
-    group.add_argument("--distillation-tau", type=number(float, 1e-6), default=1.0, help="temperature (default: 1.0)")
+    group.add_argument("--distillation-alpha", type=share, help="weight of the teacher (default: 0.5)")
+    group.add_argument("--distillation-tau", type=number(float, 1e-6), help="temperature of soft (default: 1.0)")
     group.add_argument("--teacher-model", help="any timm model")
     group.add_argument("--teacher-path", type=Path, metavar="PATH", help="the teacher's weights")
 
@@ -300,6 +311,11 @@ def build_parser() -> Parser:
     )
     group.add_argument(
         "--compile", action="store_true", help="torch.compile the model, on a GPU; the first step takes minutes"
+    )
+    group.add_argument(
+        "--checkpoint-activations",
+        action="store_true",
+        help="keep the inputs of the blocks alone and compute the rest again in the backward pass: less memory",
     )
     group.add_argument(
         "--cuda-graph", action="store_true", help="replay each step's forward and backward pass; one process on a GPU"
@@ -350,6 +366,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, own[name])
     if args.mixup + args.cutmix > 0 and args.batch_size % 2:
         raise UserError(f"Mixup and CutMix pair images, so --batch-size must be even, got {args.batch_size}")
+    if args.batch_size % args.accumulate_steps:
+        raise UserError(
+            f"--accumulate-steps must divide --batch-size, got {args.accumulate_steps} for {args.batch_size}; "
+            "change one of them"
+        )
+    check_nothing_in_vain(args)
     if args.distillation_type != "none" and (args.teacher_model is None or args.teacher_path is None):
         raise UserError(f"--distillation-type {args.distillation_type} needs --teacher-model and --teacher-path")
     if args.bad_images == "skip" and args.data_set not in IN_FILES:
@@ -372,6 +394,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--cuda-graph needs a GPU, got --device cpu; drop one of them")
     if args.cuda_graph and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"--cuda-graph is for one process, got {os.environ['WORLD_SIZE']} by torchrun; drop it")
+    if args.cuda_graph and args.checkpoint_activations:
+        raise UserError(
+            "--checkpoint-activations sets back the random generator, which --cuda-graph cannot record; drop one"
+        )
     if args.matmul != "auto" and args.quant in ("none", "int4"):
         raise UserError(
             f"--matmul {args.matmul} multiplies quantized operands, got --quant {args.quant}; add --quant mxfp4"
@@ -411,12 +437,35 @@ def check_low_precision(args: argparse.Namespace) -> None:
     if answers and args.quantizers is not None and "q2" not in args.quantizers:
         given = ",".join(args.quantizers)
         raise UserError(f"{first} is about weights that q2 quantizes, got --quantizers {given}; add q2")
+    for names, quantizers in (("forward_element", FORWARD), ("backward_rounding backward_element", BACKWARD)):
+        given = next((name for name in names.split() if getattr(args, name) is not None), None)
+        if given and args.quantizers is not None and not set(quantizers) & set(args.quantizers):
+            raise UserError(
+                f"--{given.replace('_', '-')} is about {','.join(quantizers)}, got --quantizers "
+                f"{','.join(args.quantizers)}; add one of them"
+            )
     needed = {"dampen_reduction": "dampen"}
     needed |= {f"osci_reset_{name}": "osci_reset" for name in ("interval", "threshold", "start")}
     for name, needs in needed.items():
         if getattr(args, name) is not None and getattr(args, needs) is None:
             option, other = (f"--{n.replace('_', '-')}" for n in (name, needs))
             raise UserError(f"{option} {getattr(args, name)} has no effect without {other}; add it")
+
+
+def check_nothing_in_vain(args: argparse.Namespace) -> None:
+    """Raises UserError for options of data and distillation that have nothing to act on; fills in defaults."""
+    if args.download and args.data_set not in DOWNLOADABLE:
+        raise UserError(f"--download fetches {', '.join(DOWNLOADABLE)}, got --data-set {args.data_set}; drop it")
+    if args.data_path is not None and not DATA_SETS[args.data_set].needs_path:
+        raise UserError(f"--data-path has no effect on --data-set {args.data_set}, which needs no files; drop it")
+    kind = args.distillation_type
+    for name, default in DISTILLATION.items():
+        option, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if value is not None and kind == "none":
+            raise UserError(f"{option} {value} has no effect without --distillation-type; add it")
+        if value is not None and kind == "hard" and name == "distillation_tau":
+            raise UserError(f"{option} {value} is the temperature of --distillation-type soft, got hard; drop it")
+        setattr(args, name, default if value is None else value)
 
 
 def build_recipe(args: argparse.Namespace) -> Recipe | Int4Recipe:
@@ -452,10 +501,12 @@ def build_answer(args: argparse.Namespace, model: nn.Module, total_steps: int) -
 
 def model_input_size(name: str, option: str = "--model") -> int:
     """The size that a timm model was made for. Raises UserError, with the nearest names, for an unknown model."""
-    if not timm.is_model(name) or "." in name:
+    known = timm.is_model(name) and "." not in name
+    config = timm.get_pretrained_cfg(name) if known else None  # an old name, such as xception, has none
+    if config is None:
         near = difflib.get_close_matches(name, timm.list_models(), n=3) or ["deit_small_patch16_224"]
         raise UserError(f"{option} must be a model of timm, got {name!r}; did you mean {', '.join(near)}?")
-    return timm.get_pretrained_cfg(name).input_size[-1]
+    return config.input_size[-1]
 
 
 def build_model(
@@ -483,6 +534,16 @@ def build_model(
     if input_size < patch[0] or input_size % patch[0]:
         raise UserError(f"--input-size must be a multiple of {name}'s patch size {patch[0]}, got {input_size}")
     return model
+
+
+def checkpoint_activations(model: nn.Module, name: str) -> None:
+    """Raises UserError for a model that cannot."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError, NotImplementedError) as error:
+        raise UserError(
+            f"--checkpoint-activations needs a model that timm can recompute, got --model {name}"
+        ) from error
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -601,6 +662,7 @@ def run_on(args: argparse.Namespace, device: torch.device) -> None:
         color_jitter=args.color_jitter,
         reprob=args.reprob,
         bad_images=BadImages(args.bad_images),
+        keep_last_batch=args.keep_last_batch,
     )
     loaders = build_loaders(data)
     if args.num_classes not in (None, loaders.num_classes):
@@ -617,6 +679,8 @@ def run_on(args: argparse.Namespace, device: torch.device) -> None:
         checkpoint.load_weights(model, args.finetune)
     model.to(device)
     set_matmul(model, args.matmul)
+    if args.checkpoint_activations:
+        checkpoint_activations(model, args.model)
     if args.compile:
         model.compile()  # in place, so that parameters keep their names
     identity = {
@@ -692,6 +756,7 @@ def train(
         before_update=before_update,
         clip_grad=args.clip_grad,
         cuda_graph=args.cuda_graph,
+        accumulate_steps=args.accumulate_steps,
     )
     interrupts = Interrupts(device)
     ramping = None

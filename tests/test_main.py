@@ -40,6 +40,7 @@ RESUMED = {
     "int4": ["--quant", "int4"],
     "dampen": ["--dampen", "0.1", "--dampen-reduction", "kernel_mean"],
     "freeze": ["--freeze", "0.002", "--batch-size", "72", "--lr", "0.2"],
+    "micro-batches": ["--accumulate-steps", "2", "--checkpoint-activations", "--keep-last-batch", "--q-ema"],
     "osci-reset": OSCI_RESET,  # six steps: a window is open at the end of the first epoch
 }
 
@@ -416,6 +417,32 @@ MISTAKES = {
     "graph on a cpu": (["--cuda-graph", "--device", "cpu"], r"--cuda-graph needs a GPU, got --device cpu"),
     "k2 alone": (["--quant", "mxfp4", "--q-ramping-k2", "4"], r"--q-ramping-k2 4 has no effect without --q-ramping"),
     "odd mixup": (["--mixup", "0.8", "--batch-size", "7"], r"--batch-size must be even, got 7"),
+    "uneven micro-batches": (
+        ["--accumulate-steps", "3", "--batch-size", "32"],
+        r"--accumulate-steps must divide --batch-size, got 3 for 32; change one of them",
+    ),
+    "no micro-batch": (["--accumulate-steps", "0"], r"--accumulate-steps: needs a whole number at least 1, got '0'"),
+    "cannot recompute": (
+        ["--checkpoint-activations", "--model", "pit_ti_224", "--input-size", "224"],
+        r"--checkpoint-activations needs a model that timm can recompute, got --model pit_ti_224",
+    ),
+    "old model name": (["--model", "xception"], r"--model must be a model of timm, got 'xception'; did you mean"),
+    "download nothing": (["--download"], r"--download fetches FASHION, CIFAR10, CIFAR100, got --data-set DIGITS; drop"),
+    "path of digits": (["--data-path", "."], r"--data-path has no effect on --data-set DIGITS, .*; drop it"),
+    "alpha alone": (["--distillation-alpha", "0"], r"--distillation-alpha 0.0 has no effect without --distillation-t"),
+    "teacher alone": (["--teacher-path", "a-file"], r"--teacher-path a-file has no effect without --distillation-type"),
+    "temperature of hard": (
+        ["--distillation-type", "hard", "--distillation-tau", "2"],
+        r"--distillation-tau 2.0 is the temperature of --distillation-type soft, got hard; drop it",
+    ),
+    "rounding of nothing": (
+        ["--quant", "mxfp4", "--quantizers", "q1,q2", "--backward-rounding", "nearest"],
+        r"--backward-rounding is about q3,q4,q5,q6, got --quantizers q1,q2; add one of them",
+    ),
+    "element of nothing": (
+        ["--quant", "mxfp4", "--quantizers", "q3", "--forward-element", "e3m0"],
+        r"--forward-element is about q1,q2, got --quantizers q3; add one of them",
+    ),
     "teacher": (["--distillation-type", "soft"], r"needs --teacher-model and --teacher-path"),
     "resume what": (["--resume", "nothing.pth"], r"a checkpoint must be a file, got nothing.pth"),
     "resume auto": (["--resume", "auto"], r"--resume auto looks into --output-dir"),
@@ -608,7 +635,8 @@ def test_options_are_these():
         --matmul --compile --cuda-graph --clip-grad --track-oscillation --quantizers --backward-rounding
         --backward-operands --scaling --forward-element --backward-element --dampen --dampen-reduction --freeze
         --osci-reset --osci-reset-interval --osci-reset-threshold --osci-reset-start --bad-images
-        --save-epochs --save-steps --keep-checkpoints --deterministic""".split()
+        --save-epochs --save-steps --keep-checkpoints --deterministic
+        --accumulate-steps --checkpoint-activations --keep-last-batch""".split()
     )
 
 
