@@ -18,6 +18,7 @@ from cuda_graph import CudaGraph
 from errors import NonFiniteLoss
 from losses import DistillationLoss
 from quantization import quant_linears, weights_quantized_once
+from sharding import is_sharded_model
 
 CHECK_EVERY = 10  # steps between two looks at the loss; on a GPU each look waits for the device
 Batch = tuple[Tensor, Tensor]
@@ -148,6 +149,12 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             totals[1:] += torch.stack((loss, best[:, 0].sum(), best.sum())).double()
+        if is_sharded_model(model):
+            # All processes gather the weights together, so those with fewer batches go through the model as often.
+            image = loader.dataset.dataset[0][0].unsqueeze(0).to(device)
+            for _ in range(max(distributed.gather(len(loader))) - len(loader)):
+                with autocast(device):
+                    model(image)
     seen, loss, top1, top5 = distributed.all_reduce_sum(totals).tolist()
     return {"loss": loss / seen, "acc1": 100 * top1 / seen, "acc5": 100 * top5 / seen}
 

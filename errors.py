@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early without being a bug. `main.py` turns each into one line and an exit code."""
+"""The ways in which a run ends early without being a bug. `main.py` turns each into one line and an exit code."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class NonFiniteLoss(Exception):
     """Training has diverged. The message says where."""
+
+
+class RanksDiffer(Exception):
+    """Processes that must hold the same numbers do not. The message says which, when and where."""
