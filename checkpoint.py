@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import distributed
+import sharding
 from engine import EpochSums
 from errors import UserError
 from quantization.snapshot import rng_state, set_rng_state
@@ -54,28 +55,33 @@ class Run:
     def save(self, directory: Path, best: bool = False) -> None:
         """Write the last checkpoint, and the best one too if asked; all processes must call it."""
         state = self._state()
-        if not distributed.is_main():
-            return
-        if best:  # first: the last checkpoint says that the best one is there
-            write(state, directory / BEST)
-        write(state, directory / LAST, self.keep)
+        if distributed.is_main():
+            if best:  # first: the last checkpoint says that the best one is there
+                write(state, directory / BEST)
+            write(state, directory / LAST, self.keep)
+        # A rank that ends before the file is written would make torchrun end the one that writes it.
+        distributed.wait_for_all()
 
     def save_best(self, directory: Path) -> None:
         """Write the best checkpoint alone; all processes must call it."""
         state = self._state()
         if distributed.is_main():
             write(state, directory / BEST)
+        distributed.wait_for_all()
 
     def _state(self) -> dict:
+        """Whole on the main process; all must call it."""
         generators, sums = zip(*distributed.gather((rng_state(), self.sums.state_dict())))
+        model, optimizer = sharding.gathered(self.model.state_dict()), sharding.gathered(self.optimizer.state_dict())
+        model_ema = None if self.model_ema is None else sharding.gathered(self.model_ema.state_dict())
         return {
             "format": FORMAT,
             "version": VERSION,
             "identity": self.identity,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
-            "model_ema": None if self.model_ema is None else self.model_ema.state_dict(),
+            "model_ema": model_ema,
             "epoch": self.epoch,
             "best_acc1": self.best_acc1,
             "rng": list(generators),
@@ -97,11 +103,11 @@ class Run:
                 f"--resume needs the number of processes of the checkpoint, {len(state['rng'])}, "
                 f"got {distributed.world_size()}; start as many, or start anew with --finetune"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        sharding.load_model(self.model, state["model"])
+        sharding.load_optimizer(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.model_ema is not None:
-            self.model_ema.load_state_dict(state["model_ema"])
+            sharding.load_model(self.model_ema, state["model_ema"])
         for name, part in self.more.items():
             part.load_state_dict(state["more"][name])
         for name, part in self.within.items():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from datetime import timedelta
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -10,6 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits in a collective for one that neither comes nor dies, such as on a node that has gone; longer
+than what one rank does alone, writing a checkpoint for example. A rank that dies ends the job at once, by torchrun."""
+_STORE_TIMEOUT = timedelta(seconds=5)
+_FAILED = "a rank has failed"
 
 
 def start(device_type: str) -> torch.device:
@@ -19,9 +28,9 @@ def start(device_type: str) -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     return device
 
 
@@ -56,6 +65,23 @@ def any_of(flag: Tensor) -> Tensor:
     return flag
 
 
+@torch.no_grad()
+def copy_from_main(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Overwrite `tensors` by the main process's, one after the other by way of `device`."""
+    if not dist.is_initialized():
+        return
+    for tensor in tensors:
+        there = tensor.detach().to(device)
+        dist.broadcast(there, src=0)
+        tensor.copy_(there)
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def from_main(value: T) -> T:
     """The main process's `value`, in every process."""
     if not dist.is_initialized():
@@ -72,3 +98,52 @@ def gather(value: T) -> list[T]:
     values: list[T | None] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def all_gather(values: Tensor) -> Tensor:
+    """`values`, alike in shape everywhere, of every process, stacked by rank."""
+    if not dist.is_initialized():
+        return values.unsqueeze(0)
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values)
+    return torch.stack(parts)
+
+
+def first_to_report(failure: str) -> bool:
+    """Tell the other ranks that this one fails; False if another one has failed by the same message.
+
+    Works without a process group, and where the group is broken: torchrun's own store is asked. True without torchrun.
+    """
+    store = _store()
+    if store is None:
+        return True
+    try:
+        store.set(_key(_FAILED), "")
+        return store.add(_key(failure), 1) == 1
+    except RuntimeError:  # the store has gone with its node
+        return True
+
+
+def another_has_failed() -> bool:
+    """Whether a rank has called `first_to_report`."""
+    store = _store()
+    try:
+        return store is not None and store.check([_key(_FAILED)])
+    except RuntimeError:
+        return False
+
+
+def _key(text: str) -> str:
+    """A store outlives its processes where torchrun starts them again."""
+    return f"tetrajet/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{text}"
+
+
+@lru_cache(maxsize=1)
+def _store() -> dist.TCPStore | None:
+    if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return dist.TCPStore(host, port, is_master=False, timeout=_STORE_TIMEOUT, wait_for_workers=False)
+    except RuntimeError:
+        return None

@@ -22,6 +22,8 @@ from datasets import LEFT_OUT
 from divergence import Skips, Step, report, running_statistics
 from losses import DistillationLoss
 from quantization import RampingAdamW, quant_linears, weights_quantized_once
+from quantization.shards import local
+from sharding import is_sharded_model
 
 CHECK_EVERY = 10  # steps between two looks at the loss; on a GPU each look waits for the device
 Batch = tuple[Tensor, Tensor]
@@ -58,6 +60,7 @@ class TrainStep:
 
     def __post_init__(self) -> None:
         self._statistics = running_statistics(self.model)
+        self._sharded = is_sharded_model(self.model)
         self._passes = self._forward_and_backward
         if self.cuda_graph:
             tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -85,11 +88,14 @@ class TrainStep:
         self.settle()  # the device has this step's passes to work at meanwhile
         if self.before_update is not None:
             self.before_update()
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
         # All on the device, and after the ranks have averaged their gradients.
-        norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
-        if self.clip_grad > 0:
-            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, torch.linalg.vector_norm(norms))
+        norms = torch.stack(torch._foreach_norm(gradients))
+        if self._sharded:  # each process has some rows of each gradient
+            norms = distributed.all_reduce_sum(norms.double().square()).sqrt().float()
+        if self.clip_grad > 0:  # as torch.nn.utils.clip_grad_norm_ does
+            share = self.clip_grad / (torch.linalg.vector_norm(norms) + 1e-6)
+            torch._foreach_mul_(gradients, share.clamp(max=1.0))
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         self.skip = self.skips.decide(Step(batch[0], loss, norms, f"{self.place}, learning rate {lr:.3g}"))
         for tensor, old in zip(self._statistics, statistics):
@@ -101,7 +107,8 @@ class TrainStep:
     def _update(self) -> None:
         """The optimizer's step, unless it is skipped."""
         optimizer = self.optimizer
-        if isinstance(optimizer, RampingAdamW) or getattr(optimizer, "_step_supports_amp_scaling", False):
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False) and not self._sharded
+        if isinstance(optimizer, RampingAdamW) or fused:
             optimizer.found_inf = self.skip  # as torch.amp.GradScaler tells them
             optimizer.step()
             del optimizer.found_inf
@@ -241,6 +248,12 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, ignore_index=LEFT_OUT, reduction="sum")
             totals += torch.stack(((labels != LEFT_OUT).sum(), loss, best[:, 0].sum(), best.sum())).double()
+        if is_sharded_model(model):
+            # All processes gather the weights together, so those with fewer batches go through the model as often.
+            image = loader.dataset.dataset[0][0].unsqueeze(0).to(device)
+            for _ in range(max(distributed.gather(len(loader))) - len(loader)):
+                with autocast(device):
+                    model(image)
     seen, loss, top1, top5 = distributed.all_reduce_sum(totals).tolist()
     return {"loss": loss / seen, "acc1": 100 * top1 / seen, "acc5": 100 * top5 / seen}
 

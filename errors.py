@@ -11,3 +11,7 @@ class NonFiniteSteps(Exception):
 
 class Stopped(Exception):
     """A signal asked the run to end and its checkpoint is written. The message says which, and how to go on."""
+
+
+class RanksDiffer(Exception):
+    """Processes that must hold the same numbers do not. The message says which, when and where."""

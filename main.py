@@ -27,6 +27,7 @@ from tqdm import tqdm
 import checkpoint
 import distributed
 import oscillation_log
+import sharding
 import timm
 from datasets import (
     CALIBRATION_ORDER,
@@ -43,7 +44,7 @@ from datasets import (
 )
 from determinism import deterministic
 from engine import EpochSums, TrainStep, autocast, evaluate, train_one_epoch
-from errors import NonFiniteSteps, Stopped, UserError
+from errors import NonFiniteSteps, RanksDiffer, Stopped, UserError
 from fingerprint import fingerprint
 from interrupts import Interrupts
 from laboratory import Laboratory
@@ -78,6 +79,8 @@ from quantization import (
 )
 from quantization.freeze import FIRST_THRESHOLD, MOMENTUM
 from quantization.osci_reset import INTERVAL, START
+from quantization.shards import local
+from rank_check import RankCheck
 from run_log import RunLog, say
 
 # DeiT's recipe (Touvron et al. 2021, Table 9) over the paper's 90 epochs. Models may differ, MODEL_RECIPES, and data
@@ -134,10 +137,10 @@ OSCILLATION_ANSWERS = ("q_ema", "q_ramping", "dampen", "freeze", "osci_reset")
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad argument in one line."""
+    """Raises UserError for a bad argument."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
+        raise UserError(f"{' '.join(message.split())}; see --help")
 
 
 def number(kind: type, low: float, high: float = float("inf"), open_high: bool = False):
@@ -320,6 +323,12 @@ def build_parser() -> Parser:
     group.add_argument(
         "--cuda-graph", action="store_true", help="replay each step's forward and backward pass; one process on a GPU"
     )
+    group.add_argument(
+        "--fsdp", action="store_true", help="shard weights and optimizer states over torchrun's processes"
+    )
+    group.add_argument(
+        "--check-ranks", type=positive, metavar="N", help="compare the processes every N steps (default: never)"
+    )
     group.add_argument("--output-dir", type=Path, metavar="DIR", help="default: runs/TIME-MODEL-QUANT")
     group.add_argument(
         "--resume", metavar="PATH", help="go on from this checkpoint; auto: the last intact one in --output-dir"
@@ -398,6 +407,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(
             "--checkpoint-activations sets back the random generator, which --cuda-graph cannot record; drop one"
         )
+    check_processes(args, int(os.environ.get("WORLD_SIZE", "1")))
     if args.matmul != "auto" and args.quant in ("none", "int4"):
         raise UserError(
             f"--matmul {args.matmul} multiplies quantized operands, got --quant {args.quant}; add --quant mxfp4"
@@ -466,6 +476,22 @@ def check_nothing_in_vain(args: argparse.Namespace) -> None:
         if value is not None and kind == "hard" and name == "distillation_tau":
             raise UserError(f"{option} {value} is the temperature of --distillation-type soft, got hard; drop it")
         setattr(args, name, default if value is None else value)
+
+
+def check_processes(args: argparse.Namespace, processes: int) -> None:
+    """Raises UserError for what needs several processes, and for what sharding does not go with."""
+    for option, given in (("--fsdp", args.fsdp), ("--check-ranks", args.check_ranks is not None)):
+        if given and processes == 1:
+            raise UserError(f"{option} is for several processes, got one; start main.py by torchrun or drop it")
+    if args.check_ranks is not None and args.eval:
+        raise UserError("--check-ranks compares processes that train, got --eval; leave one of them out")
+    if not args.fsdp:
+        return
+    whole_weights = ("dampen", "freeze", "osci_reset", "track_oscillation", "compile")
+    other = next((name for name in whole_weights if getattr(args, name) not in (None, False)), None)
+    if other or args.quant == "int4":
+        option = f"--{other.replace('_', '-')}" if other else "--quant int4"
+        raise UserError(f"--fsdp shards the weights, and {option} has no way with sharded ones; drop one of them")
 
 
 def build_recipe(args: argparse.Namespace) -> Recipe | Int4Recipe:
@@ -634,10 +660,13 @@ class QRamping:
             self.step.settle()
         periods = update_periods(ratios, self.k1, self.k2, max_period=len(self.loaders.train))
         self.step.optimizer.set_periods(periods)
-        total = sum(ratio.numel() for ratio in ratios.values())
         oscillating = sum((ratio > OSCILLATION_THRESHOLD).sum() for ratio in ratios.values())
-        mean_period = sum(period.sum() for period in periods.values())
-        return {"oscillating": 100 * float(oscillating) / total, "mean_period": float(mean_period) / total}
+        sums = torch.stack((oscillating.double(), sum(period.double().sum() for period in periods.values())))
+        if sharding.is_sharded_model(self.model):
+            distributed.all_reduce_sum(sums)
+        total = sum(p.numel() for p in ratios)  # of all processes, also where each has a part
+        oscillating, mean_period = (sums / total).tolist()
+        return {"oscillating": 100 * oscillating, "mean_period": mean_period}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -677,7 +706,8 @@ def run_on(args: argparse.Namespace, device: torch.device) -> None:
     model = build_model(args.model, loaders.num_classes, args.input_size, args.drop_path, recipe)
     if args.finetune:
         checkpoint.load_weights(model, args.finetune)
-    model.to(device)
+    if not args.fsdp:  # which takes the model to the device a part at a time
+        model.to(device)
     set_matmul(model, args.matmul)
     if args.checkpoint_activations:
         checkpoint_activations(model, args.model)
@@ -704,9 +734,17 @@ def evaluate_only(
         model.load_state_dict(checkpoint.load_newest(resume, identity)[1]["model"])
     elif not args.finetune:
         raise UserError(f"--eval --resume auto needs {args.output_dir / checkpoint.LAST}, which is missing")
+    if args.fsdp:
+        share_weights(model, device)
+        sharding.shard(model, device)
     tested = evaluate(model, loaders.val, device)
     count_bad_images(loaders, set())
     say(json.dumps({f"test_{name}": value for name, value in tested.items()}))
+
+
+def share_weights(model: nn.Module, device: torch.device) -> None:
+    """All processes start from the main one's weights and buffers."""
+    distributed.copy_from_main((*model.parameters(), *model.buffers()), device)
 
 
 def train(
@@ -731,13 +769,18 @@ def train(
         set_epoch(loaders.calibration, data, CALIBRATION_ORDER)
         with autocast(device):
             initialise_steps(model, next(iter(loaders.calibration))[0].to(device))
+    num_parameters = sum(p.numel() for p in model.parameters())
+    share_weights(model, device)
+    q_ema = QEma(model) if args.q_ema else None
+    model_ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema_decay else None
     parallel = model
-    if distributed.world_size() > 1:
+    if args.fsdp:
+        for whole in (model,) if model_ema is None else (model, model_ema.module):
+            sharding.shard(whole, device)
+    elif distributed.world_size() > 1:
         # Averages and counters advance alike on every rank, so buffers need no broadcast.
         device_ids = [device.index] if device.type == "cuda" else None
         parallel = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
-    q_ema = QEma(model) if args.q_ema else None
-    model_ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema_decay else None
     optimizer = build_optimizer(args, model, device)
     scheduler = CosineLRScheduler(
         optimizer, args.epochs, args.min_lr, warmup_t=args.warmup_epochs, warmup_lr_init=args.warmup_lr
@@ -777,6 +820,12 @@ def train(
             say(f"{resumed} has all its {args.epochs} epochs done; best top-1 {progress.best_acc1:.2f} %")
             return
 
+    check = None
+    if args.check_ranks is not None:
+        check = RankCheck(
+            model, optimizer, args.check_ranks, step=progress.epoch * len(loaders.train) + progress.sums.steps
+        )
+
     def after_step() -> None:
         """Only the laboratory takes part in a skipped step, in which nothing moves."""
         if q_ema is not None:
@@ -788,6 +837,8 @@ def train(
             update_average(model_ema, model, step.skip)
         if laboratory is not None:
             laboratory.after_step()
+        if check is not None:
+            check.after_step()
         done = progress.sums.steps
         if interrupts.agreed(None if done == num_steps else done):
             stop()
@@ -820,7 +871,6 @@ def train(
     directory = open_output(args)
     if laboratory is not None:
         oscillation_log.start(directory / oscillation_log.FILE_NAME, progress.epoch)
-    num_parameters = sum(p.numel() for p in model.parameters())
     describe(args, model, identity["recipe"], loaders, device, directory, num_parameters)
     if state is not None:
         steps_done = f" and {progress.sums.steps} of {num_steps} steps" if progress.sums.steps else ""
@@ -888,7 +938,7 @@ def update_average(model_ema: ModelEmaV3, model: nn.Module, skip: Tensor) -> Non
     """`model_ema.update(model)`, bit for bit, except that nothing changes where `skip` is 1."""
     averages, values = model_ema.module.state_dict(), model.state_dict()
     floats = [name for name, average in averages.items() if average.is_floating_point()]
-    means, targets = ([state[name] for name in floats] for state in (averages, values))
+    means, targets = ([local(state[name]) for name in floats] for state in (averages, values))
     lerp_unless(skip, means, targets, 1 - model_ema.decay)
     for name in averages.keys() - floats:
         averages[name].copy_(torch.where(skip > 0, averages[name], values[name]))
@@ -919,7 +969,8 @@ def describe(
         f"data    {args.data_set}: {len(loaders.train.dataset):,} training and {held_out:,} held-out images "
         f"of {args.input_size} px, {loaders.num_classes} classes"
     )
-    say(f"run     {directory} on {distributed.world_size()} x {device.type}, batch {args.batch_size} each")
+    how = ", weights sharded" if args.fsdp else ""
+    say(f"run     {directory} on {distributed.world_size()} x {device.type}, batch {args.batch_size} each{how}")
 
 
 TABLE_HEAD = f"{'epoch':>8} {'train loss':>11} {'test loss':>10} {'top-1 %':>8} {'top-5 %':>8} {'img/s':>8} {'lr':>8}"
@@ -943,7 +994,10 @@ def table_row(numbers: dict[str, float], epochs: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 diverged, 2 the user must change something, 75 stopped by a signal, 130 interrupted."""
+    """Exit code: 0 done, 1 diverged, 2 the user must change something, 75 stopped by a signal, 130 interrupted.
+
+    Of several processes, each that fails says why, and the same message is said once.
+    """
     code = 0
     logging.getLogger("timm").setLevel(logging.ERROR)  # its schedule warns of runs of one epoch
     try:
@@ -955,14 +1009,22 @@ def main(argv: list[str] | None = None) -> int:
         message, code = f"main.py: error: {error}", 2
     except NonFiniteSteps as error:
         message, code = f"main.py: diverged: {error}", 1
+    except RanksDiffer as error:
+        message, code = f"main.py: ranks differ: {error}", 1
     except Stopped as error:
         message, code = f"main.py: stopped by {error}", os.EX_TEMPFAIL
     except KeyboardInterrupt:
         message, code = "main.py: interrupted; --resume auto goes on from the last checkpoint", 130
-    finally:
-        distributed.stop()
-    if code and os.environ.get("RANK", "0") == "0":
-        print(" ".join(message.split()), file=sys.stderr)
+    except Exception as error:
+        # A collective breaks off where another process has ended; that one says why.
+        broken_off = isinstance(error, RuntimeError) and distributed.another_has_failed()
+        if broken_off or not distributed.first_to_report(repr(error)):
+            return 1
+        raise
+    if code == 0:
+        distributed.stop()  # which would wait for the other processes after a failure
+    elif distributed.first_to_report(message):
+        print(" ".join(message.split()), file=sys.stderr, flush=True)
     return code
 
 

@@ -40,6 +40,7 @@ from .mx import backend_for
 from .philox import fresh_keys
 from .recipe import Int4Recipe, Quantizer, Recipe
 from .reference import Operand, Packed
+from .shards import is_sharded, local
 
 BLOCK_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 """The linears of a transformer block, the layers that the paper quantizes."""
@@ -359,12 +360,16 @@ class QuantLinear(nn.Linear):
 
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:
-        """Q2(W) in fp32, [C, D], by the quantizer that the forward pass uses; W itself where Q2 is off."""
+        """Q2(W) in fp32, [C, D], by the quantizer that the forward pass uses; W itself where Q2 is off.
+
+        Of a weight that is sharded, this process's rows.
+        """
         q2 = self.recipe.q2
         key = fresh_keys(1, self.weight.device) if q2.rounding is Rounding.STOCHASTIC else None
         ema_CD, ema_active = self._ema_arguments()
+        ema_CD = None if ema_CD is None else local(ema_CD)
         plan = _Plan(self.recipe, torch.float32, fp8=False)
-        operand, _, _ = _forward_operand(self.weight, q2, plan, None, False, False, key, ema_CD, ema_active)
+        operand, _, _ = _forward_operand(local(self.weight), q2, plan, None, False, False, key, ema_CD, ema_active)
         return operand.values_RL.detach()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -417,9 +422,14 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
 
     Optimizer steps, in-place edits, `load_state_dict`, averages that move and parameters that are replaced are
     noticed; an edit through `.data`, which PyTorch does not count, is not until the block ends. Layers whose Q2 is
-    stochastic, and compiled ones, quantize in every forward pass.
+    stochastic, and compiled ones, quantize in every forward pass; so do sharded ones, whose weights must not stay
+    whole.
     """
-    layers = [layer for layer in quant_linears(model).values() if layer.recipe.q2.rounding is not Rounding.STOCHASTIC]
+    layers = [
+        layer
+        for layer in quant_linears(model).values()
+        if layer.recipe.q2.rounding is not Rounding.STOCHASTIC and not is_sharded(layer.weight)
+    ]
     before = [layer._cache for layer in layers]
     for layer in layers:
         if layer._cache is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .formats import Rounding
 from .latent import group_scales
 from .linear import QuantLinear, quant_linears
+from .shards import local
 
 OSCILLATION_THRESHOLD = 16  # a weight oscillates if its ratio exceeds this (paper section 6)
 
@@ -72,17 +73,20 @@ class PathLengths:
     def __init__(self, model: nn.Module) -> None:
         """The present weights are where the paths start."""
         self._layers = list(quant_linears(model).values())
-        self._weights = [TensorPath(layer.weight) for layer in self._layers]
+        self._weights = [TensorPath(local(layer.weight)) for layer in self._layers]
         self._quantized = [TensorPath(layer.quantized_weight()) for layer in self._layers]
 
     def record(self) -> None:
         """Add the way from the weights of the last call to the present ones."""
         for layer, weight, quantized in zip(self._layers, self._weights, self._quantized):
-            weight.add(layer.weight)
+            weight.add(local(layer.weight))
             quantized.add(layer.quantized_weight())
 
     def ratios(self) -> dict[nn.Parameter, Tensor]:
-        """R_w of every element by weight, fp32 in the weight's shape; 0 where the weight did not move."""
+        """R_w of every element by weight, fp32 in the weight's shape; 0 where the weight did not move.
+
+        Of a weight that is sharded, this process's rows.
+        """
         return {
             layer.weight: oscillation_ratio(weight.length, quantized.length)
             for layer, weight, quantized in zip(self._layers, self._weights, self._quantized)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import quant_linears
+from .shards import local
 
 
 class QEma:
@@ -34,8 +35,8 @@ class QEma:
     def update(self, skip: Tensor | None = None) -> None:
         """Call once after every optimizer step. `skip`: see `lerp_unless`; it holds for the counters, too."""
         weights = [1 - layer.recipe.q_ema_beta for layer in self.layers]
-        averages = [layer.weight_ema for layer in self.layers]
-        masters = [layer.weight for layer in self.layers]
+        averages = [local(layer.weight_ema) for layer in self.layers]
+        masters = [local(layer.weight) for layer in self.layers]
         if len(set(weights)) == 1:
             lerp_unless(skip, averages, masters, weights[0])
         else:

@@ -18,6 +18,7 @@ from .adamw import Scalars, Update
 from .mx import HAS_TRITON
 from .oscillation import PathLengths
 from .q_ema import plain_rounding
+from .shards import local, sharded_like
 from .snapshot import rewound
 
 if HAS_TRITON:
@@ -44,6 +45,7 @@ class RampingAdamW(torch.optim.Optimizer):
     Parameters without periods have N = 1; with N = 1 everywhere this is `torch.optim.AdamW`. Parameter groups are
     the usual ones (timm's weight-decay groups included). Periods, accumulators and counters are part of
     `state_dict`. They are kept in the parameter's dtype because `Optimizer.load_state_dict` casts all state to it.
+    Of a sharded parameter every process updates its rows, and all its state is sharded alike.
 
     A whole step can be called off on the device: with an attribute `found_inf`, a scalar, `step` changes nothing,
     weight decay and step count included, where that is 1 (the fused optimizers of PyTorch read it as well).
@@ -70,6 +72,7 @@ class RampingAdamW(torch.optim.Optimizer):
     def set_periods(self, periods: dict[Tensor, Tensor]) -> None:
         """Give parameters new periods: positive integers in the parameter's shape. Running counters go on.
 
+        A sharded parameter gets the periods of this process's rows.
         Raises ValueError, and changes nothing, for a parameter that is not the optimizer's or in half precision (its
         counters could not count), a wrong shape, or a period that is not a whole number of at least 1.
         """
@@ -79,14 +82,15 @@ class RampingAdamW(torch.optim.Optimizer):
                 raise ValueError(f"periods given for a parameter of shape {tuple(p.shape)} that is not optimized here")
             if p.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"periods need fp32 master weights, got a parameter in {p.dtype}")
-            if period.shape != p.shape or not ((period >= 1) & (period == period.floor())).all():
+            shape = local(p).shape
+            if period.shape != shape or not ((period >= 1) & (period == period.floor())).all():
                 raise ValueError(
-                    f"periods must be whole numbers of at least 1 in the parameter's shape {tuple(p.shape)}, "
+                    f"periods must be whole numbers of at least 1 in the parameter's shape {tuple(shape)}, "
                     f"got shape {tuple(period.shape)} and minimum {period.min().item()}"
                 )
         for p, period in periods.items():
             state = self.state[p]
-            state["period"] = period.to(p.dtype, copy=True)
+            state["period"] = sharded_like(period.to(p.dtype, copy=True), p)
             if "grad_sum" not in state:
                 state["grad_sum"], state["grad_count"] = torch.zeros_like(p), torch.zeros_like(p)
 
@@ -137,8 +141,9 @@ class RampingAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 step_size=step_size,
             )
-            ramping = (state.get(name) for name in ("period", "grad_sum", "grad_count"))
-            yield Update(p, p.grad, state["exp_avg"], state["exp_avg_sq"], *ramping, scalars)
+            names = ("exp_avg", "exp_avg_sq", "period", "grad_sum", "grad_count")
+            states = (local(state[name]) if name in state else None for name in names)
+            yield Update(local(p), local(p.grad), *states, scalars)
 
     def _bias_corrections(self, found: list[tuple[Tensor, dict]], skip: Tensor | None) -> Iterator[tuple]:
         """Counts the step, unless `skip`; sqrt(1 - beta2**step) and -lr / (1 - beta1**step) of every parameter.
