@@ -168,7 +168,8 @@ def step_parameter(update: Update, skip: Tensor | None = None) -> None:
     """One parameter's update in plain PyTorch, in place; every operation rounds once. None where `skip` is not 0."""
     p, gradient, m, v, period, total, count, s = update
     wanted = True if skip is None else skip == 0
-    p.mul_(s.keep if skip is None else torch.where(wanted, s.keep, 1.0))
+    decayed = p * s.keep
+    p.copy_(decayed if skip is None else torch.where(wanted, decayed, p))
     due = gradient.isfinite() & wanted
     if period is not None:
         total += torch.where(due, gradient, 0)
