@@ -73,7 +73,7 @@ def test_loaders_count_exactly_and_give_ordinary_labels(workers, folder):
     loaders = build_loaders(config)
     for epoch in range(2):
         set_epoch(loaders.train, config, epoch)
-        order = list(loaders.train.sampler)
+        order = list(loaders.train.batch_sampler.sampler)
         assert torch.cat([labels for _, labels in loaders.train]).tolist() == [int(index > 0) for index in order]
         count, paths = take_bad_images(loaders.train)
         assert count == 2 and paths == {path for path in spoiled if "train" in path}
