@@ -415,6 +415,8 @@ MISTAKES = {
         r"--matmul fp8 needs a GPU with FP8 tensor cores \(compute capability 8.9 .*\), got cpu; use auto or bf16",
     ),
     "graph on a cpu": (["--cuda-graph", "--device", "cpu"], r"--cuda-graph needs a GPU, got --device cpu"),
+    "fsdp of one": (["--fsdp"], r"--fsdp is for several processes, got one; start main.py by torchrun or drop it"),
+    "check one rank": (["--check-ranks", "5"], r"--check-ranks is for several processes, got one; start"),
     "k2 alone": (["--quant", "mxfp4", "--q-ramping-k2", "4"], r"--q-ramping-k2 4 has no effect without --q-ramping"),
     "odd mixup": (["--mixup", "0.8", "--batch-size", "7"], r"--batch-size must be even, got 7"),
     "uneven micro-batches": (
@@ -471,6 +473,24 @@ MISTAKES = {
     "bad images": (["--bad-images", "skip"], r"is about image files \(IMNET, FOLDER\), got --data-set DIGITS; drop it"),
     "augmentation": (["--aa", "sharpen"], r"--aa must be none or one of timm's, .* got 'sharpen'"),
 }
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--freeze", "0.01", "--quant", "mxfp4"], "--freeze"),
+        (["--dampen", "1", "--quant", "mxfp4"], "--dampen"),
+        (["--osci-reset", "--quant", "mxfp4"], "--osci-reset"),
+        (["--track-oscillation"], "--track-oscillation"),
+        (["--compile"], "--compile"),
+        (["--quant", "int4"], "--quant int4"),
+    ],
+)
+def test_what_does_not_go_with_sharded_weights(options, named, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fails(
+        ["--fsdp", *options], f"--fsdp shards the weights, and {named} has no way with sharded ones; drop one", capsys
+    )
 
 
 def fails(arguments: list[str], message: str, capsys) -> None:
@@ -636,7 +656,7 @@ def test_options_are_these():
         --backward-operands --scaling --forward-element --backward-element --dampen --dampen-reduction --freeze
         --osci-reset --osci-reset-interval --osci-reset-threshold --osci-reset-start --bad-images
         --save-epochs --save-steps --keep-checkpoints --deterministic
-        --accumulate-steps --checkpoint-activations --keep-last-batch""".split()
+        --accumulate-steps --checkpoint-activations --keep-last-batch --fsdp --check-ranks""".split()
     )
 
 

@@ -1,0 +1,99 @@
+"""scripts/slurm.sh under a scheduler's stand-in: what it starts, how a signal travels, and when a job is requeued."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+# Leaves its options and becomes the command, which is what Slurm's does on one node.
+SRUN = """#!/bin/bash
+echo "$@" > srun-line
+while [[ "$1" == --* ]]; do shift; done
+exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then printf 'localhost\\nnode2\\n'; else echo "$@" >> scontrol-lines; fi
+"""
+# A training that exits with its option's code, or waits for the signal and then has written a checkpoint.
+TRAINING = """
+import signal, sys, time, os, pathlib
+rank = os.environ["RANK"]
+signal.signal(signal.SIGUSR1, lambda *_: (pathlib.Path(f"told-{rank}").touch(), sys.exit(75)))
+pathlib.Path(f"started-{rank}").write_text(" ".join(sys.argv[1:]))
+code = sys.argv[sys.argv.index("--code") + 1]
+if code != "wait": sys.exit(int(code))
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    """job(*options): the batch script, running."""
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    shutil.copy(SCRIPTS.parent / "requirements.txt", tmp_path)
+    (tmp_path / "main.py").write_text(TRAINING)
+    bin_of_python = Path(sys.executable).parent
+    env = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{bin_of_python}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(bin_of_python.parent),
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "41234",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "1",
+        "SLURM_GPUS_ON_NODE": "2",
+    }
+    started = []
+
+    def start(*options: str) -> subprocess.Popen:
+        command = ["bash", "scripts/slurm.sh", *options]
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.stderr.close()
+
+
+def test_the_signal_reaches_training_and_a_written_checkpoint_requeues(job, tmp_path):
+    process = job("--output-dir", "out", "--code", "wait")
+    ranks = [tmp_path / f"started-{rank}" for rank in range(2)]
+    deadline = time.monotonic() + 120
+    while not all(path.exists() for path in ranks) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGUSR1)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert all((tmp_path / f"told-{rank}").exists() for rank in range(2))
+    assert ranks[0].read_text() == "--output-dir out --code wait --resume auto"
+    assert (tmp_path / "scontrol-lines").read_text() == "requeue 41234\n"
+    line = (tmp_path / "srun-line").read_text().strip()
+    options = "--kill-on-bad-exit=0 --wait=30"
+    assert line == f"{options} bash scripts/slurm.sh --node localhost:21234 --output-dir out --code wait"
+
+
+def test_any_other_code_is_the_jobs_and_does_not_requeue(job, tmp_path):
+    process = job("--output-dir", "out", "--code", "2")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2, error
+    assert not (tmp_path / "scontrol-lines").exists()
+
+
+def test_a_job_without_output_dir_is_refused(job, tmp_path):
+    process = job("--epochs", "3")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and "needs --output-dir to find its checkpoint; add it" in error
+    assert not (tmp_path / "srun-line").exists()
