@@ -8,15 +8,13 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import datasets
 import engine
-from main import main
+from main import build_model, build_recipe, main, parse_args
 from quantization import linear, quantize_mx
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -30,19 +28,21 @@ ALL = ["--q-ema", "--q-ramping", "--q-ramping-steps", "2", "--model-ema-decay", 
 # `more` is what goes wrong.
 SCRIPT = """
 import json, os, signal, sys
-from dataclasses import replace
 from pathlib import Path
 import datasets, distributed, engine, main, rank_check, quantization.linear
 from errors import UserError
 
 quantization.linear.Q_EMA_START = 1
 
-datasets.DATA_SETS["DIGITS"] = replace(datasets.DATA_SETS["DIGITS"], padding=0)
 start, stop, device = distributed.start, distributed.stop, []
 distributed.start = lambda kind: device[0] if device else device.append(start(kind)) or device[0]
 distributed.stop = lambda: None
 after_step, call, train = rank_check.RankCheck.after_step, engine.TrainStep.__call__, main.train_one_epoch
-steps = 0
+steps, digits = 0, datasets._IN_MEMORY["DIGITS"]
+
+def one_image_less(root, download, training):
+    images, labels = digits(root, download, training)
+    return (images, labels) if training else (images[1:], labels[1:])
 
 def perturbed(self):
     if distributed.rank() == 1 and "perturb" in more and self.step == 2:
@@ -65,6 +65,7 @@ def interrupted(step, loader, epoch, *rest):
         raise KeyboardInterrupt
     return train(step, loader, epoch, *rest)
 
+datasets._IN_MEMORY["DIGITS"] = one_image_less  # so that rank 0 has 180 images to evaluate, rank 1 has 179
 rank_check.RankCheck.after_step, engine.TrainStep.__call__, main.train_one_epoch = perturbed, stopped, interrupted
 for arguments, more in json.loads(Path("runs.json").read_text()):
     code = main.main(arguments)
@@ -139,21 +140,25 @@ def test_ranks_agree_with_one_process_with_each_other_and_sharded(in_two_process
     assert shown["test_acc1"] == log("all")[1]["test_acc1"]
     monkeypatch.setattr(linear, "Q_EMA_START", 1)
     assert main([*SHORT, "--q-ema", "--eval", "--resume", "all-fsdp/checkpoint.pth"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["test_acc1"] == shown["test_acc1"]
+    unsharded = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert unsharded["test_acc1"] * 360 / 100 == pytest.approx(shown["test_acc1"] * 359 / 100, abs=1.001)
 
     # One process on both ranks' batches, the images of rank 0 first.
     call = engine.TrainStep.__call__
     rank_by_rank = lambda self, batch: call(self, [torch.cat((t[0::2], t[1::2])) for t in batch])  # noqa: E731
     monkeypatch.setattr(engine.TrainStep, "__call__", rank_by_rank)
-    monkeypatch.setitem(datasets.DATA_SETS, "DIGITS", replace(datasets.DATA_SETS["DIGITS"], padding=0))
     assert main([*NEAREST, "--batch-size", "448", "--output-dir", "one"]) == 0
     for one, two in zip(log("one"), log("two"), strict=True):
         assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-6)
     one, two = load("one")["model"], load("two")["model"]
+    args = parse_args(NEAREST)
+    torch.manual_seed(args.seed)
+    start = build_model(args.model, 10, args.input_size, args.drop_path, build_recipe(args)).state_dict()
     weights = [name for name in one if re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", name)]
     assert len(weights) == 8
     for name in weights:
-        a, b = (quantize_mx(model[name], -1) for model in (one, two))
+        a, b, before = (quantize_mx(model[name], -1) for model in (one, two, start))
+        assert (a.codes != before.codes).double().mean() > 0.05  # decisions were there to be made
         assert torch.equal(a.codes, b.codes) and torch.equal(a.scales.view(torch.uint8), b.scales.view(torch.uint8))
 
 
@@ -164,7 +169,7 @@ def test_a_rank_that_fails_ends_the_job(end, in_two_processes):
     assert result.returncode != 0 and time.monotonic() - started < 60
     if end == "raise":
         assert result.stderr.count("main.py: error: image 7 is not readable") == 1
-        assert "Traceback" not in result.stderr.partition("ChildFailedError")[0].rpartition("Traceback")[0]
+        assert "[rank" not in result.stderr  # no traceback of the rank whose collective broke off
     else:
         assert re.search(r"rank\s*: 1 .*\n.*exitcode\s*: -9", result.stderr)
 
