@@ -35,9 +35,12 @@ def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.randn(shape, generator=generator), torch.randint(0, 10, (BATCH,))) for _ in range(count)]
 
 
-def train(model: torch.nn.Module, recorded: bool, ramping: bool = False) -> tuple[list[torch.Tensor], TrainStep]:
+def train(
+    model: torch.nn.Module, recorded: bool, ramping: bool = False, micro_batches: int = 1
+) -> tuple[list[torch.Tensor], TrainStep]:
     optimizer = (RampingAdamW if ramping else torch.optim.AdamW)(model.parameters(), lr=1e-3)
-    step = TrainStep(model, F.cross_entropy, optimizer, torch.device("cuda"), cuda_graph=recorded)
+    options = {"cuda_graph": recorded, "accumulate_steps": micro_batches}
+    step = TrainStep(model, F.cross_entropy, optimizer, torch.device("cuda"), **options)
     q_ema = QEma(model) if any(layer.use_q_ema for layer in quant_linears(model).values()) else None
     torch.manual_seed(2)
     losses = []
@@ -49,13 +52,14 @@ def train(model: torch.nn.Module, recorded: bool, ramping: bool = False) -> tupl
     return losses, step
 
 
+@pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe().with_q_ema(0.9)], ids=["tetrajet", "q-ema"])
-def test_same_bits_as_without(recipe):
+def test_same_bits_as_without(recipe, micro_batches):
     ordinary, replayed = build(recipe), build(recipe)
     take_lost_groups(torch.device("cuda"))
-    expected, _ = train(ordinary, recorded=False)
+    expected, _ = train(ordinary, recorded=False, micro_batches=micro_batches)
     lost = take_lost_groups(torch.device("cuda"))
-    got, _ = train(replayed, recorded=True)
+    got, _ = train(replayed, recorded=True, micro_batches=micro_batches)
     assert torch.equal(take_lost_groups(torch.device("cuda")), lost)
     assert torch.equal(torch.stack(got), torch.stack(expected)) and len(set(map(float, got))) == STEPS
     for (name, a), b in zip(ordinary.state_dict().items(), replayed.state_dict().values()):
@@ -74,6 +78,18 @@ def test_detection_is_recorded_apart_and_leaves_no_trace():
         step(batches(1)[0])
     assert all(torch.equal(a, b) for a, b in zip(*ratios))
     assert all(torch.equal(a, b) for a, b in zip(ordinary.state_dict().values(), replayed.state_dict().values()))
+
+
+def test_a_last_batch_of_another_size_is_recorded_apart():
+    """Epochs of two batches, the second a smaller one, until both are replayed."""
+    losses = []
+    for recorded in (False, True):
+        optimizer = torch.optim.AdamW((model := build(Recipe())).parameters(), lr=1e-3)
+        step = TrainStep(model, F.cross_entropy, optimizer, torch.device("cuda"), cuda_graph=recorded)
+        torch.manual_seed(2)
+        (images, labels), *_ = batches(1)
+        losses.append([step((images[:n], labels[:n]))[0] for _ in range(STEPS) for n in (BATCH, 5)])
+    assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
 
 
 def test_a_new_state_is_recorded_anew():
