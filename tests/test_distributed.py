@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import engine
-from main import build_model, build_recipe, main, parse_args
+from main import build_model, main
+from options import build_recipe, parse_args
 from quantization import linear, quantize_mx
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -23,7 +23,8 @@ import laboratory
 import main as program
 import oscillation_log
 import timm
-from main import build_parser, build_recipe, main, parse_args, table_row
+from main import main, table_row
+from options import build_parser, build_recipe, parse_args
 from quantization import RECIPES, Quantizer, Recipe
 
 TABLE_5 = list(product(("stochastic", "nearest"), ("double", "direct"), ("truncation_free", "floor")))

@@ -9,21 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from main import build_parser, main
+from main import main
+from options import build_parser
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OPTIONS = {action.dest: action.option_strings[-1] for action in build_parser()._actions if action.dest != "help"}
 # Where options are checked and defaults filled in: to be read there alone is to have no effect on a run.
-CHECKS = ("build_parser", "parse_args", "check_low_precision", "check_nothing_in_vain")
+CHECKS = ("build_parser", "parse_args", "check_low_precision", "check_nothing_in_vain", "check_processes")
 # Tests that name all options, whatever they are for.
 LISTS = ("test_options_are_these", "test_fuzz.py")
 
 
 @cache
 def read_options() -> set[str]:
-    """Options that a function of main.py other than the checks reads from `args`."""
-    tree = ast.parse((REPOSITORY / "main.py").read_text(encoding="utf-8"))
-    functions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    """Options that a function of main.py or options.py other than the checks reads from `args`."""
+    trees = [ast.parse((REPOSITORY / name).read_text(encoding="utf-8")) for name in ("main.py", "options.py")]
+    functions = [node for tree in trees for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     nodes = [node for function in functions if function.name not in CHECKS for node in ast.walk(function)]
     return {
         node.attr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from main import build_recipe, parse_args
+from options import build_recipe, parse_args
 from reproduction.figures import FIGURES
 from reproduction.protocols import PROTOCOLS
 from reproduction.runs import columns, plan, run_of
