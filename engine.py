@@ -239,6 +239,8 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
     """
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # images, loss, top-1, top-5
+    # Where all processes gather the weights together, those with fewer batches must go through the model as often.
+    missing = max(distributed.gather(len(loader))) - len(loader) if is_sharded_model(model) else 0
     with weights_quantized_once(model), progress(loader, "evaluate") as bar:
         for batch in bar:
             images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
@@ -248,12 +250,9 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, ignore_index=LEFT_OUT, reduction="sum")
             totals += torch.stack(((labels != LEFT_OUT).sum(), loss, best[:, 0].sum(), best.sum())).double()
-        if is_sharded_model(model):
-            # All processes gather the weights together, so those with fewer batches go through the model as often.
-            image = loader.dataset.dataset[0][0].unsqueeze(0).to(device)
-            for _ in range(max(distributed.gather(len(loader))) - len(loader)):
-                with autocast(device):
-                    model(image)
+        for _ in range(missing):
+            with autocast(device):
+                model(loader.dataset.dataset[0][0].unsqueeze(0).to(device))
     seen, loss, top1, top5 = distributed.all_reduce_sum(totals).tolist()
     return {"loss": loss / seen, "acc1": 100 * top1 / seen, "acc5": 100 * top5 / seen}
 
