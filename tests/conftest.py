@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, one a core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
 import pytest
 import torch
 
