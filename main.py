@@ -39,6 +39,7 @@ from datasets import (
     take_bad_images,
 )
 from determinism import deterministic
+from divergence import MOST_IN_A_ROW
 from engine import EpochSums, TrainStep, autocast, evaluate, train_one_epoch
 from errors import NonFiniteSteps, RanksDiffer, Stopped, UserError
 from fingerprint import fingerprint
@@ -453,7 +454,11 @@ def train(
                 numbers = {"epoch": epoch}
                 numbers |= train_one_epoch(step, loaders.train, epoch, args.epochs, after_step, sums)
             except NonFiniteSteps:
-                save()  # no skipped step has touched it
+                # Nothing has changed since the last good step, so the run goes on, or fails again, from there.
+                sums.steps = max(0, sums.steps - MOST_IN_A_ROW)
+                sums.images = sums.steps * args.batch_size
+                step.skips.count = max(0, step.skips.count - MOST_IN_A_ROW)
+                save()
                 raise
             scheduler.step(epoch + 1)
             if laboratory is not None:

@@ -9,6 +9,7 @@ import torch
 
 from determinism import WORKSPACE, deterministic
 from errors import UserError
+from main import main
 
 
 def switches() -> tuple:
@@ -36,3 +37,14 @@ def test_an_operation_without_such_an_algorithm_is_named():
     with pytest.raises(UserError, match="does not go with this run: put_ does not have .*; drop it"):
         with deterministic(torch.device("cuda")):
             raise RuntimeError(message)
+
+
+def test_on_a_cpu_a_run_has_its_bits_without_it(tmp_path):
+    weights = []
+    for option in ([], ["--deterministic"]):
+        directory = tmp_path / f"{len(option)}"
+        tiny = ["--epochs", "1", "--batch-size", "479", "--input-size", "4", "--device", "cpu"]
+        assert main([*tiny, *option, "--output-dir", str(directory)]) == 0
+        weights.append(torch.load(directory / "checkpoint.pth", weights_only=True)["model"])
+    assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in weights), strict=True))
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -102,16 +102,17 @@ def test_an_interrupted_run_goes_on_where_it_was(capsys):
     options = {"env": os.environ | {"PYTHONPATH": str(REPOSITORY)}, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "one.py"], stderr=subprocess.STDOUT, **options) as process:
         deadline = time.monotonic() + 120
-        while not (logs := list(Path("out").glob("*/log.txt"))):
+        while not (saved := list(Path("out").glob("*/checkpoint.pth"))):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         assert "interrupted; the same command goes on" in process.communicate()[0] and process.returncode == 130
-    directory = logs[0].parent
-    assert len(logs[0].read_text().splitlines()) < 4 and (directory / "checkpoint.pth").is_file()
+    directory = saved[0].parent
+    log = directory / "log.txt"
+    assert len(log.read_text().splitlines()) < 4
     assert "--resume auto goes on" in (directory / runner.OUTPUT).read_text()
     assert subprocess.run([sys.executable, "one.py"], stderr=subprocess.STDOUT, **options).returncode == 0
-    assert [json.loads(line)["epoch"] for line in logs[0].read_text().splitlines()] == [0, 1, 2, 3]
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [0, 1, 2, 3]
     assert "resume  " in (directory / runner.OUTPUT).read_text()
 
 
