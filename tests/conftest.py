@@ -7,6 +7,9 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, one a core
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -29,6 +32,24 @@ def randn(device: torch.device):
     """randn(*shape): normal fp32 on the test device, the same for every run of a test."""
     generator = torch.Generator(device).manual_seed(0)
     return lambda *shape: torch.randn(*shape, generator=generator, device=device)
+
+
+@pytest.fixture
+def host_must_not_wait():
+    """`with host_must_not_wait():` makes any wait for the GPU an error. Skips where there is none to wait for."""
+    if not torch.cuda.is_available():
+        pytest.skip("only a GPU can make its host wait")
+
+    @contextmanager
+    def guard() -> Iterator[None]:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return guard
 
 
 @pytest.fixture(scope="session")

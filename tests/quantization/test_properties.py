@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from quantization import Element, MXTensor, Rounding, Scaling, quantize_mx
 from quantization.mx import HAS_TRITON
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a search on the CPU, kernels interpreted")
 GROUP = 32
 GRIDS = {
     Element.E2M1: [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
@@ -202,6 +201,7 @@ def test_memory_layout_and_axis_do_not_matter(x, axis, element, scaling, roundin
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton has no release for this platform")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="beside a GPU kernels are compiled, and take no CPU tensors")
 @settings(search, max_examples=60)
 @given(tensors(max_elements=100, dtypes=(torch.float32, torch.bfloat16)), ELEMENTS, SCALINGS, st.sampled_from(Rounding))
 def test_kernels_return_the_bits_of_the_reference(x, element, scaling, rounding):
