@@ -76,6 +76,22 @@ _TILE = 4096
 _ROW_BLOCK, _COLUMN_BLOCK = 128, 256
 
 
+def _philox_ptx() -> str:
+    """The rounds of Philox, from words $4 to $7 and key $8, $9 to words $0 to $3: one wide product, not two halves."""
+    lines = ["mov.u32 a, $4; mov.u32 b, $5; mov.u32 c, $6; mov.u32 d, $7; mov.u32 k, $8; mov.u32 l, $9;"]
+    for _ in range(ROUNDS):
+        lines += [f"mul.wide.u32 p, a, {MULTIPLIERS[0]}; mul.wide.u32 q, c, {MULTIPLIERS[1]};"]
+        lines += ["mov.b64 {lp, hp}, p; mov.b64 {lq, hq}, q;"]
+        lines += ["xor.b32 a, hq, b; xor.b32 a, a, k; xor.b32 c, hp, d; xor.b32 c, c, l; mov.u32 b, lq; mov.u32 d, lp;"]
+        lines += [f"add.u32 k, k, {KEY_INCREMENTS[0]}; add.u32 l, l, {KEY_INCREMENTS[1]};"]
+    lines += ["mov.u32 $0, a; mov.u32 $1, b; mov.u32 $2, c; mov.u32 $3, d;"]
+    registers = ".reg .u32 a, b, c, d, k, l, lp, hp, lq, hq; .reg .u64 p, q;"
+    return "{" + registers + "\n" + "\n".join(lines) + "}"
+
+
+_PHILOX_PTX = tl.constexpr(_philox_ptx())
+
+
 @triton.jit
 def _philox(counter, key):
     """Philox-4x32-10 of a uint64 counter and an int64 key: four uint32 words."""
@@ -86,6 +102,15 @@ def _philox(counter, key):
     key = key.to(tl.uint64, bitcast=True)
     k0 = (key & _WORD_MASK).to(tl.uint32)
     k1 = (key >> 32).to(tl.uint32)
+    if not _INTERPRETED:
+        return tl.inline_asm_elementwise(
+            _PHILOX_PTX,
+            "=r,=r,=r,=r,r,r,r,r,r,r",
+            [c0, c1, c2, c3, k0, k1],
+            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
     m0 = tl.full(c0.shape, _M0, tl.uint32)
     m1 = tl.full(c0.shape, _M1, tl.uint32)
     for _ in tl.static_range(_ROUNDS):
@@ -103,14 +128,14 @@ def _philox(counter, key):
 
 
 @triton.jit
-def _dither(counter, key, MANTISSA: tl.constexpr):
-    """What stochastic rounding adds to fp32 bits, int32 [..., 2, 2, 2] for the eight elements of every counter."""
+def _draws(counter, key, MANTISSA: tl.constexpr):
+    """Random bits just below the last bit of a mantissa, int32 [..., 2, 2, 2] for the eight elements of a counter."""
     w0, w1, w2, w3 = _philox(counter.to(tl.uint64), key)
     # Joining (w0, w2) with (w1, w3) lays the words out in the order w0 w1 w2 w3; each serves two elements.
     word = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     KEPT: tl.constexpr = _MANTISSA_BITS - MANTISSA
-    low = (~word & 0xFFFF) << (KEPT - _RANDOM_BITS)
-    high = (~word & 0xFFFF0000) >> (32 - KEPT)
+    low = (word & 0xFFFF) << (KEPT - _RANDOM_BITS)
+    high = (word & 0xFFFF0000) >> (32 - KEPT)
     return tl.join(low, high).to(tl.int32)
 
 
@@ -169,41 +194,54 @@ def _load_fp32(ptrs, mask):
 
 
 @triton.jit
-def _stored(magnitude, scale, sign_bits, DTYPE: tl.constexpr, LIMIT: tl.constexpr):
-    """+-magnitude * scale in DTYPE, saturated at its largest number LIMIT; NaN stays NaN."""
-    product = magnitude * scale
+def _signed(magnitude, sign_bits):
+    return (magnitude.to(tl.int32, bitcast=True) | sign_bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _stored(value, scale, DTYPE: tl.constexpr, LIMIT: tl.constexpr):
+    """value * scale in DTYPE, saturated at its largest numbers +-LIMIT; NaN stays NaN."""
+    product = value * scale
     if LIMIT > 0:
         product = tl.where(product > LIMIT, LIMIT, product)
-    bits = product.to(tl.int32, bitcast=True) | sign_bits
+        product = tl.where(product < -LIMIT, -LIMIT, product)
     if DTYPE == tl.bfloat16:  # two significant bits: the lower half is zero
-        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    value = bits.to(tl.float32, bitcast=True)
-    converted = value.to(DTYPE)
+        return (product.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    converted = product.to(DTYPE)
     if _INTERPRETED and DTYPE == tl.float8e4nv:  # Triton's interpreter knows no NaN there
-        fp8_bits = tl.where(value != value, 0x7F, converted.to(tl.uint8, bitcast=True))
+        fp8_bits = tl.where(product != product, 0x7F, converted.to(tl.uint8, bitcast=True))
         converted = fp8_bits.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
     return converted
 
 
 @triton.jit
-def _grid_magnitude(code, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
-    """fp32 value of a magnitude code 0..7, which is a small float: moved to an fp32's exponent and rebiased."""
-    FACTOR: tl.constexpr = _TWO ** (_BIAS - 1 + MIN_EXPONENT)
-    return (code << (_MANTISSA_BITS - MANTISSA)).to(tl.float32, bitcast=True) * FACTOR
+def _grid_value(bits, MIN_EXPONENT: tl.constexpr):
+    """fp32 value of a code and a sign that stand in the bits of an fp32: codes are small floats, hence rebiased."""
+    FROM_SMALLEST: tl.constexpr = _TWO ** (_BIAS - 1 + MIN_EXPONENT)
+    return bits.to(tl.float32, bitcast=True) * FROM_SMALLEST
 
 
 @triton.jit
-def _round_stochastic(y, dither, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
-    """Magnitude code and value of y >= 0 on the grid."""
+def _code_value(bits, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
+    """fp32 value of the code and sign in the upper four bits of an int32."""
     KEPT: tl.constexpr = _MANTISSA_BITS - MANTISSA
-    BELOW_TIE: tl.constexpr = (_ONE << (KEPT - _RANDOM_BITS - 1)) - 1
-    FIRST: tl.constexpr = (_BIAS + MIN_EXPONENT) << MANTISSA
-    LEAST: tl.constexpr = _TWO**MIN_EXPONENT
-    # Below the least binade, adding it gives y the spacing that it has there.
-    least = tl.where(y < LEAST, LEAST, 0.0)
-    bits = (y + least).to(tl.int32, bitcast=True) + BELOW_TIE + dither
-    code = (bits >> KEPT) - FIRST + tl.where(least > 0, 0, _ONE << MANTISSA)
-    return code, (bits & -(_ONE << KEPT)).to(tl.float32, bitcast=True) - least
+    SIGN_AND_CODE: tl.constexpr = ~_MAGNITUDE_MASK | (_MAX_CODE << KEPT)
+    return _grid_value((bits >> (28 - KEPT)) & SIGN_AND_CODE, MIN_EXPONENT)
+
+
+@triton.jit
+def _round_stochastic(y, draw, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
+    """Magnitude code and value of any y on the grid.
+
+    Over the right power of two the grid is that of the smallest fp32 numbers, subnormals included: what is left of the
+    bits after adding random ones and cutting is the code.
+    """
+    KEPT: tl.constexpr = _MANTISSA_BITS - MANTISSA
+    UNIT: tl.constexpr = _ONE << (KEPT - _RANDOM_BITS)
+    HIGHEST: tl.constexpr = (_ONE << KEPT) - UNIT + UNIT // 2 - 1  # what a draw of zero adds: all bits, rounded
+    TO_SMALLEST: tl.constexpr = _TWO ** (1 - _BIAS - MIN_EXPONENT)
+    bits = (y * TO_SMALLEST).to(tl.int32, bitcast=True) + HIGHEST - draw
+    return (bits & _MAGNITUDE_MASK) >> KEPT, _grid_value(bits & -(_ONE << KEPT), MIN_EXPONENT)
 
 
 @triton.jit
@@ -225,14 +263,14 @@ def _round_nearest(y, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
         fraction = t - t_floor
         code = t_floor.to(tl.int32) + binade
         code += ((fraction > 0.5) | ((fraction == 0.5) & ((code & 1) == 1))).to(tl.int32)
-        value = _grid_magnitude(code, MANTISSA, MIN_EXPONENT)
+        value = _grid_value(code << (_MANTISSA_BITS - MANTISSA), MIN_EXPONENT)
     return code, value
 
 
 @triton.jit
 def _saturate(code, value, MAX_EXPONENT: tl.constexpr, MAX_MANTISSA: tl.constexpr):
     QP: tl.constexpr = (MAX_MANTISSA / _TWO**_MANTISSA_BITS + 1.0) * _TWO**MAX_EXPONENT
-    return tl.minimum(code, _MAX_CODE), tl.minimum(value, QP)
+    return tl.minimum(code, _MAX_CODE), tl.maximum(tl.minimum(value, QP), -QP)
 
 
 @triton.jit
@@ -248,7 +286,7 @@ def _round_to_ema(y, ema, negative, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.con
     midpoint = t_floor + 0.5
     upper = ((ema_t > midpoint) | ((ema_t == midpoint) & (negative == 0))) & (t > t_floor)
     code = t_floor.to(tl.int32) + ((binade_bits - LEAST_BINADE) >> (_MANTISSA_BITS - MANTISSA)) + upper.to(tl.int32)
-    return code, _grid_magnitude(code, MANTISSA, MIN_EXPONENT)
+    return code, _grid_value(code << (_MANTISSA_BITS - MANTISSA), MIN_EXPONENT)
 
 
 @triton.jit
@@ -272,9 +310,8 @@ def _fp8_factor(scale_byte, exponent_byte, broken, FP8_BOTTOM: tl.constexpr):
 
 @triton.jit
 def _count_lost(lost_ptr, lost):
-    count = tl.sum(tl.ravel(lost.to(tl.int32)), axis=0)
-    if count > 0:
-        tl.atomic_add(lost_ptr, count.to(tl.int64), sem="relaxed")
+    """One by one: adding them up first would take more time in all the tiles that have none."""
+    tl.atomic_add(lost_ptr + tl.zeros_like(lost).to(tl.int32), lost.to(tl.int64), mask=lost, sem="relaxed")
 
 
 @triton.jit
@@ -332,13 +369,14 @@ def _quantize_kernel(
         broken = broken | (tl.max(ema_bits, axis=2) >= _EXPONENT_MASK)
     scale_byte = _scale_byte(largest_bits, MAX_EXPONENT, MAX_MANTISSA, TRUNCATION_FREE)
     inverse_scale = _inverse_scale_of(scale_byte)[:, :, None]
-    y = magnitude * inverse_scale
+    sign_bits = bits & ~_MAGNITUDE_MASK
     if ROUNDING == _STOCHASTIC:
         j = tl.arange(0, _COUNTERS)
         counter = (r[:, None, None] * num_groups + g[None, :, None]) * _COUNTERS + j[None, None, :]
-        dither = _dither(counter, tl.load(key_ptr), MANTISSA).reshape(BLOCK_R, BLOCK_G, _GROUP)
-        code, value = _round_stochastic(y, dither, MANTISSA, MIN_EXPONENT)
+        draw = _draws(counter, tl.load(key_ptr), MANTISSA).reshape(BLOCK_R, BLOCK_G, _GROUP)
+        code, value = _round_stochastic(x * inverse_scale, draw, MANTISSA, MIN_EXPONENT)
     else:
+        y = magnitude * inverse_scale
         code, value = _round_nearest(y, MANTISSA, MIN_EXPONENT)
         if ROUNDING == _EMA:
             by_ema, ema_value = _round_to_ema(y, ema * inverse_scale, bits < 0, MANTISSA, MIN_EXPONENT)
@@ -346,6 +384,7 @@ def _quantize_kernel(
                 active = tl.load(ema_active_ptr) != 0
                 by_ema, ema_value = tl.where(active, by_ema, code), tl.where(active, ema_value, value)
             code, value = by_ema, ema_value
+        value = _signed(value, sign_bits)  # also of zero
     if not TRUNCATION_FREE:
         code, value = _saturate(code, value, MAX_EXPONENT, MAX_MANTISSA)
 
@@ -361,8 +400,7 @@ def _quantize_kernel(
             _count_lost(lost_ptr, low)
         else:
             factor = _scale_of(tl.where(broken, _SCALE_NAN, scale_byte))
-        # Zeros that fill up a row are stored for FP8; a value that rounds to zero keeps its sign.
-        values = _stored(value, factor[:, :, None], bits & ~_MAGNITUDE_MASK, values_ptr.dtype.element_ty, LIMIT)
+        values = _stored(value, factor[:, :, None], values_ptr.dtype.element_ty, LIMIT)  # with zeros that fill up a row
         values_mask = (r[:, None] < rows) & (col[None, :] < values_length)
         values_ptrs = values_ptr + r[:, None] * values_length + col[None, :]
         tl.store(values_ptrs, values.reshape(BLOCK_R, BLOCK_L), mask=values_mask)
@@ -405,10 +443,9 @@ def _dequantize_kernel(
     group_mask = (r[:, None] < rows) & (g[None, :] < num_groups)
     scale_byte = tl.load(scales_ptr + r[:, None] * num_groups + g[None, :], mask=group_mask, other=0).to(tl.int32)
 
-    code = tl.join(packed & 0xF, packed >> 4).reshape(BLOCK_R, BLOCK_L)
-    magnitude = _grid_magnitude(code & _MAX_CODE, MANTISSA, MIN_EXPONENT)
+    value = _code_value(tl.join(packed << 28, packed << 24), MANTISSA, MIN_EXPONENT).reshape(BLOCK_R, BLOCK_L)
     scale = _scale_of(scale_byte)[:, :, None].broadcast_to(BLOCK_R, BLOCK_G, _GROUP).reshape(BLOCK_R, BLOCK_L)
-    values = _stored(magnitude, scale, (code >> 3) << 31, values_ptr.dtype.element_ty, LIMIT)
+    values = _stored(value, scale, values_ptr.dtype.element_ty, LIMIT)
     mask = (r[:, None] < rows) & (col[None, :] < length)
     tl.store(values_ptr + r[:, None] * length + col[None, :], values, mask=mask)
 
@@ -470,25 +507,23 @@ def _quantize_along_kernel(
         g = first_c // _GROUP + tl.arange(0, BLOCK_G)
         num_groups = tl.cdiv(length, _GROUP)
         scale_ptrs = scales_ptr + n[:, None] * num_groups + g[None, :]
-        source_scale = tl.load(scale_ptrs, mask=(n[:, None] < rows) & (g[None, :] < num_groups), other=0)
-        source_scale = _scale_of(source_scale.to(tl.int32))[:, :, None].broadcast_to(_GROUP, BLOCK_G, _GROUP // 2)
-        source_scale = source_scale.reshape(_GROUP, BLOCK_C // 2)
+        byte = tl.load(scale_ptrs, mask=(n[:, None] < rows) & (g[None, :] < num_groups), other=0).to(tl.int32)
+        # 0 becomes 2**-127; a group of NaNs, whose codes are 0, gets the factor Inf.
+        scale = tl.maximum(byte << _MANTISSA_BITS, _SUBNORMAL_HALF).to(tl.float32, bitcast=True)
+        scale = scale[:, :, None].broadcast_to(_GROUP, BLOCK_G, _GROUP // 2).reshape(_GROUP, BLOCK_C // 2)
         packed = packed.to(tl.int32)
-        low = _stored(
-            _grid_magnitude(packed & _MAX_CODE, SOURCE_MANTISSA, SOURCE_MIN_EXPONENT),
-            source_scale,
-            (packed & _SIGN_CODE) << 28,
-            tl.float32,
-            SOURCE_LIMIT,
-        )
-        high = _stored(
-            _grid_magnitude((packed >> 4) & _MAX_CODE, SOURCE_MANTISSA, SOURCE_MIN_EXPONENT),
-            source_scale,
-            (packed >> 7) << 31,
-            tl.float32,
-            SOURCE_LIMIT,
-        )
+        low = _code_value(packed << 28, SOURCE_MANTISSA, SOURCE_MIN_EXPONENT) * scale
+        high = _code_value(packed << 24, SOURCE_MANTISSA, SOURCE_MIN_EXPONENT) * scale
         x = tl.join(low, high).reshape(_GROUP, BLOCK_C)
+        if FP8:
+            source_byte = _scale_byte(
+                tl.load(largest_ptr), SOURCE_MAX_EXPONENT, SOURCE_MAX_MANTISSA, SOURCE_TRUNCATION_FREE
+            )
+            overflows = source_byte + SOURCE_MAX_EXPONENT > 2 * _BIAS
+        else:
+            overflows = True
+        if overflows:
+            x = tl.where(x > SOURCE_LIMIT, SOURCE_LIMIT, tl.where(x < -SOURCE_LIMIT, -SOURCE_LIMIT, x))
     else:
         load_c = c
         if BY_COLUMN:
@@ -506,31 +541,30 @@ def _quantize_along_kernel(
     largest_bits = _largest_bits(magnitude, AXIS)
     broken = largest_bits >= _EXPONENT_MASK
     scale_byte = _scale_byte(largest_bits, MAX_EXPONENT, MAX_MANTISSA, TRUNCATION_FREE)
-    y = magnitude * tl.expand_dims(_inverse_scale_of(scale_byte), AXIS)
+    inverse_scale = tl.expand_dims(_inverse_scale_of(scale_byte), AXIS)
     if ROUNDING == _STOCHASTIC:
         j = tl.arange(0, _COUNTERS)
         key = tl.load(key_ptr)
         if BY_COLUMN:
             column_group = c * tl.cdiv(rows, _GROUP) + tile_n
-            dither = _dither(column_group[None, :] * _COUNTERS + j[:, None], key, MANTISSA)
-            dither = dither.permute(0, 2, 3, 4, 1).reshape(_GROUP, BLOCK_C)
+            draw = _draws(column_group[None, :] * _COUNTERS + j[:, None], key, MANTISSA)
+            draw = draw.permute(0, 2, 3, 4, 1).reshape(_GROUP, BLOCK_C)
         else:
             row_g = tl.program_id(1).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
             row_group = n[:, None, None] * tl.cdiv(length, _GROUP) + row_g[None, :, None]
-            dither = _dither(row_group * _COUNTERS + j[None, None, :], key, MANTISSA)
-            dither = dither.reshape(_GROUP, BLOCK_G, _GROUP)
-        code, value = _round_stochastic(y, dither, MANTISSA, MIN_EXPONENT)
+            draw = _draws(row_group * _COUNTERS + j[None, None, :], key, MANTISSA)
+            draw = draw.reshape(_GROUP, BLOCK_G, _GROUP)
+        code, value = _round_stochastic(x * inverse_scale, draw, MANTISSA, MIN_EXPONENT)
     else:
-        code, value = _round_nearest(y, MANTISSA, MIN_EXPONENT)
+        code, value = _round_nearest(magnitude * inverse_scale, MANTISSA, MIN_EXPONENT)
+        value = _signed(value, x.to(tl.int32, bitcast=True) & ~_MAGNITUDE_MASK)
     if not TRUNCATION_FREE:
         code, value = _saturate(code, value, MAX_EXPONENT, MAX_MANTISSA)
     if FP8:
         bound = tl.load(largest_ptr)
         if PACKED:  # Qp times the largest scale that the source's quantizer gave
-            byte = _scale_byte(bound, SOURCE_MAX_EXPONENT, SOURCE_MAX_MANTISSA, SOURCE_TRUNCATION_FREE)
-            byte = byte + SOURCE_MAX_EXPONENT
-            bound = (byte << _MANTISSA_BITS) | SOURCE_MAX_MANTISSA
-            bound = tl.where(byte > 2 * _BIAS, _EXPONENT_MASK - 1, bound)
+            bound = ((source_byte + SOURCE_MAX_EXPONENT) << _MANTISSA_BITS) | SOURCE_MAX_MANTISSA
+            bound = tl.where(overflows, _EXPONENT_MASK - 1, bound)
         exponent_byte = _fp8_exponent_byte(bound, MAX_EXPONENT, MAX_MANTISSA, TRUNCATION_FREE, FP8_TOP)
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(operand_scale_ptr, _scale_of(exponent_byte))
@@ -538,8 +572,7 @@ def _quantize_along_kernel(
         _count_lost(lost_ptr, (scale_byte < exponent_byte + FP8_BOTTOM) & (largest_bits > 0) & (broken == 0))
     else:
         factor = _scale_of(tl.where(broken, _SCALE_NAN, scale_byte))
-    sign_bits = x.to(tl.int32, bitcast=True) & ~_MAGNITUDE_MASK
-    values = _stored(value, tl.expand_dims(factor, AXIS), sign_bits, values_ptr.dtype.element_ty, LIMIT)
+    values = _stored(value, tl.expand_dims(factor, AXIS), values_ptr.dtype.element_ty, LIMIT)
     if BY_COLUMN:
         values_ptrs = values_ptr + c[:, None] * values_length + n[None, :]
         tl.store(values_ptrs, tl.trans(values), mask=(c[:, None] < length) & (n[None, :] < values_length))
