@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import operators, reference
 from .formats import Element, Rounding, Scaling
 from .philox import fresh_keys
 
@@ -20,10 +20,13 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def backend_for(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
-    """`kernels` or `reference`, whose `quantize` and `dequantize` return the same bits.
+    """`kernels` or `reference`, whose functions return the same bits, or, in a compiled graph, `operators` that call
+    one of them.
 
     The kernels write at most fp32 values; a result in float64 comes from the reference on every device.
     """
+    if torch.compiler.is_compiling():
+        return operators
     if tensor.is_cuda and HAS_TRITON and dtype != torch.float64:
         from . import kernels
 

@@ -1,0 +1,209 @@
+"""The quantizers as operators of PyTorch: what a graph of torch.compile calls.
+
+The compiler knows the shapes that an operator returns and nothing of what happens inside, so it has no kernel to
+analyse at each of some hundred launches, which is most of what compiling a model took. The functions are those of
+`reference.py` and `kernels.py`, one of which does the work.
+
+The one exception is `largest_magnitude`, a plain maximum: spelled out in PyTorch's own operations, the compiler takes
+it along in the kernel that makes the tensor.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .formats import FP8_ROW_MULTIPLE, FP32_EXPONENT_MASK, FP32_MAGNITUDE_MASK, GROUP_SIZE, Element, Fp8, Rounding, Scaling
+from .recipe import Quantizer
+from .reference import TORCH_FP8, Operand, Packed, Quantized
+
+
+def largest_magnitude(x_RL: Tensor) -> Tensor:
+    """`reference.largest_magnitude`. Of bf16 tensors the bits are rounded to bf16 once more, ties upwards.
+
+    That changes nothing, unless the compiler takes the maximum of numbers that it has yet to round.
+    """
+    if not x_RL.numel():
+        return torch.zeros(1, dtype=torch.int32, device=x_RL.device)
+    bits = x_RL.to(torch.float32).view(torch.int32) & FP32_MAGNITUDE_MASK
+    largest = torch.where(bits < FP32_EXPONENT_MASK, bits, 0).amax().view(1)
+    if x_RL.dtype == torch.bfloat16:
+        largest = ((largest + 0x8000) & -0x10000).clamp(max=0x7F7F0000)
+    return largest
+
+
+def quantize(
+    x_RL: Tensor,
+    element: Element,
+    scaling: Scaling,
+    rounding: Rounding,
+    *,
+    key: Tensor | None = None,
+    ema_RL: Tensor | None = None,
+    ema_active: Tensor | None = None,
+    values_dtype: torch.dtype | None = None,
+    fp8: Fp8 | None = None,
+    largest: Tensor | None = None,
+    lost: Tensor | None = None,
+    pack: bool = True,
+) -> Quantized:
+    """`reference.quantize`."""
+    how = [element.value, scaling.value, rounding.value]
+    results = torch.ops.mxfp4.quantize(
+        x_RL, how, key, ema_RL, ema_active, values_dtype, fp8 and fp8.value, largest, lost, pack
+    )
+    wanted = values_dtype is not None or fp8 is not None, pack, pack, fp8 is not None
+    return Quantized(*(tensor if exists else None for tensor, exists in zip(results, wanted)))
+
+
+def quantize_both(
+    source: Tensor | Packed,
+    rows: Quantizer | None,
+    columns: Quantizer | None,
+    *,
+    keys: tuple[Tensor | None, Tensor | None] = (None, None),
+    dtype: torch.dtype | None = None,
+    fp8: Fp8 | None = None,
+    largest: Tensor | None = None,
+    lost: Tensor | None = None,
+    with_sum: bool = False,
+) -> tuple[Operand | None, Operand | None, Tensor | None]:
+    """`reference.quantize_both`."""
+    x_NC, scales, length, made_by = (
+        (source.codes_RB, source.scales_RG, source.length, _names(source.quantizer))
+        if isinstance(source, Packed)
+        else (source, None, 0, [])
+    )
+    values, scale, column_values, column_scale, total = torch.ops.mxfp4.quantize_both(
+        x_NC, scales, length, made_by, _names(rows), _names(columns), *keys, dtype, fp8 and fp8.value, largest, lost,
+        with_sum,
+    )  # fmt: skip
+    if fp8 is None:
+        scale = column_scale = None
+    row_operand = None if rows is None else Operand(values, scale)
+    column_operand = None if columns is None else Operand(column_values, column_scale)
+    return row_operand, column_operand, total if with_sum else None
+
+
+def dequantize(codes_RB: Tensor, scales_RG: Tensor, length: int, element: Element, dtype: torch.dtype) -> Tensor:
+    """`reference.dequantize`."""
+    return torch.ops.mxfp4.dequantize(codes_RB, scales_RG, length, element.value, dtype)
+
+
+def _names(q: Quantizer | None) -> list[str]:
+    return [] if q is None else [q.element.value, q.scaling.value, q.rounding.value]
+
+
+def _quantizer(names: list[str]) -> Quantizer | None:
+    return Quantizer(True, *names) if names else None
+
+
+def _backend(tensor: Tensor, dtype: torch.dtype | None) -> ModuleType:
+    if tensor.is_cuda and dtype != torch.float64:
+        from . import kernels
+
+        return kernels
+    return reference
+
+
+# An operator that adds to one of its arguments returns a fixed number of tensors: empty ones where it has none.
+_LIBRARY = torch.library.Library("mxfp4", "FRAGMENT")
+_LIBRARY.define(
+    "quantize(Tensor x, str[] how, Tensor? key, Tensor? ema, Tensor? ema_active, ScalarType? values_dtype, str? fp8, "
+    "Tensor? largest, Tensor(a!)? lost, bool pack) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "quantize_both(Tensor x, Tensor? scales, int length, str[] made_by, str[] rows, str[] columns, Tensor? row_key, "
+    "Tensor? column_key, ScalarType? dtype, str? fp8, Tensor? largest, Tensor(a!)? lost, bool with_sum) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define("dequantize(Tensor codes, Tensor scales, int length, str element, ScalarType dtype) -> Tensor")
+
+
+def _filled(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(0) if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _quantize(x, how, key, ema, ema_active, values_dtype, fp8, largest, lost, pack) -> tuple[Tensor, ...]:
+    q = _quantizer(how)
+    results = _backend(x, values_dtype).quantize(
+        x,
+        q.element,
+        q.scaling,
+        q.rounding,
+        key=key,
+        ema_RL=ema,
+        ema_active=ema_active,
+        values_dtype=values_dtype,
+        fp8=fp8 and Fp8(fp8),
+        largest=largest,
+        lost=lost,
+        pack=pack,
+    )
+    return _filled(x, *results)
+
+
+def _quantize_both(
+    x, scales, length, made_by, rows, columns, row_key, column_key, dtype, fp8, largest, lost, with_sum
+) -> tuple[Tensor, ...]:
+    source = x if scales is None else Packed(x, scales, length, _quantizer(made_by))
+    *operands, total = _backend(x, dtype).quantize_both(
+        source,
+        _quantizer(rows),
+        _quantizer(columns),
+        keys=(row_key, column_key),
+        dtype=dtype,
+        fp8=fp8 and Fp8(fp8),
+        largest=largest,
+        lost=lost,
+        with_sum=with_sum,
+    )
+    parts = [part for operand in operands for part in (operand or (None, None))]
+    return _filled(x, *parts, total)
+
+
+def _dequantize(codes, scales, length, element, dtype) -> Tensor:
+    return _backend(codes, dtype).dequantize(codes, scales, length, Element(element), dtype)
+
+
+def _groups(length: int, size: int) -> int:
+    return (length + size - 1) // size
+
+
+def _values_like(x: Tensor, rows: int, length: int, dtype: torch.dtype | None, fp8: str | None) -> tuple[Tensor, ...]:
+    """An operand and, with FP8, its scale."""
+    if fp8 is None:
+        return _filled(x, None if dtype is None else x.new_empty(rows, length, dtype=dtype), None)
+    filled = _groups(length, FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE
+    return x.new_empty(rows, filled, dtype=TORCH_FP8[Fp8(fp8)]), x.new_empty(1, dtype=torch.float32)
+
+
+@torch.library.register_fake("mxfp4::quantize", lib=_LIBRARY)
+def _fake_quantize(x, how, key, ema, ema_active, values_dtype, fp8, largest, lost, pack) -> tuple[Tensor, ...]:
+    rows, length = x.shape
+    values, scale = _values_like(x, rows, length, values_dtype, fp8)
+    packed = (x.new_empty(rows, _groups(length, n), dtype=torch.uint8) if pack else None for n in (2, GROUP_SIZE))
+    return _filled(x, values, *packed, scale)
+
+
+@torch.library.register_fake("mxfp4::quantize_both", lib=_LIBRARY)
+def _fake_quantize_both(
+    x, scales, length, made_by, rows, columns, row_key, column_key, dtype, fp8, largest, lost, with_sum
+) -> tuple[Tensor, ...]:
+    n, c = (x.shape[0], length) if scales is not None else x.shape
+    row_operand = _values_like(x, n, c, dtype, fp8) if rows else (None, None)
+    column_operand = _values_like(x, c, n, dtype, fp8) if columns else (None, None)
+    total = x.new_empty(c, dtype=torch.float32) if with_sum else None
+    return _filled(x, *row_operand, *column_operand, total)
+
+
+@torch.library.register_fake("mxfp4::dequantize", lib=_LIBRARY)
+def _fake_dequantize(codes, scales, length, element, dtype) -> Tensor:
+    return codes.new_empty(codes.shape[0], length, dtype=dtype)
+
+
+for _name, _function in (("quantize", _quantize), ("quantize_both", _quantize_both), ("dequantize", _dequantize)):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
