@@ -273,7 +273,7 @@ class _MXLinear(torch.autograd.Function):
             _, x_operand_DN, _ = _backward_operands(x_source, None, recipe.q6, (None, key6), plan, x_fp8, x_largest)
             dw_CD = multiply(dy_columns_CN, x_operand_DN, ctx.weight_dtype)
         db_C = db_C.to(ctx.bias_dtype) if needs_db else None
-        lost = lost.to(torch.float32) if ctx.needs_input_grad[6] else None
+        lost = lost.to(torch.float32) if plan.fp8 and ctx.needs_input_grad[6] else None
         return dx, dw_CD, db_C, None, None, None, lost, None, None, None
 
 
@@ -303,6 +303,7 @@ class QuantLinear(nn.Linear):
         self._cache: _WeightCache | None = None
         if self.use_q_ema:
             self._register_ema()
+        self._make_counters()
 
     @property
     def matmul(self) -> Matmul:
@@ -312,6 +313,21 @@ class QuantLinear(nn.Linear):
     @matmul.setter
     def matmul(self, matmul: Matmul | str) -> None:
         self._matmul = Matmul(matmul)
+        self._make_counters()
+
+    @property
+    def _uses_fp8(self) -> bool:
+        return self._matmul is Matmul.FP8 or (self._matmul is Matmul.AUTO and has_fp8(self.weight.device))
+
+    def _make_counters(self) -> None:
+        """Now, because a graph of torch.compile cannot."""
+        if self._uses_fp8 and not self.weight.is_meta:
+            lost_counters(self.weight.device)
+
+    def _apply(self, fn, recurse: bool = True) -> QuantLinear:
+        moved = super()._apply(fn, recurse)
+        self._make_counters()
+        return moved
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: Recipe) -> QuantLinear:
@@ -320,6 +336,7 @@ class QuantLinear(nn.Linear):
         layer.weight, layer.bias = linear.weight, linear.bias
         if layer.use_q_ema:
             layer._register_ema()
+        layer._make_counters()
         return layer.train(linear.training)
 
     def _register_ema(self) -> None:
@@ -341,8 +358,7 @@ class QuantLinear(nn.Linear):
             raise TypeError(f"QuantLinear needs a floating-point tensor, got {x.dtype}")
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the last axis must have {self.in_features} channels, got {tuple(x.shape)}")
-        fp8 = self._matmul is Matmul.FP8 or (self._matmul is Matmul.AUTO and has_fp8(x.device))
-        lost = lost_counters(x.device) if fp8 else (None, None)
+        lost = lost_counters(x.device) if self._uses_fp8 else (None, None)
         trains = x.requires_grad or self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         # A compiled graph quantizes the weight as a part of itself.
         cache = None if torch.compiler.is_compiling() else self._cache

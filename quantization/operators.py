@@ -29,7 +29,8 @@ def largest_magnitude(x_RL: Tensor) -> Tensor:
     if not x_RL.numel():
         return torch.zeros(1, dtype=torch.int32, device=x_RL.device)
     bits = x_RL.to(torch.float32).view(torch.int32) & FP32_MAGNITUDE_MASK
-    largest = torch.where(bits < FP32_EXPONENT_MASK, bits, 0).amax().view(1)
+    # Row by row first, which goes into the kernel that makes the rows.
+    largest = torch.where(bits < FP32_EXPONENT_MASK, bits, 0).amax(dim=1).amax().view(1)
     if x_RL.dtype == torch.bfloat16:
         largest = ((largest + 0x8000) & -0x10000).clamp(max=0x7F7F0000)
     return largest

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import timm
-from quantization import QuantLinear, Recipe, set_matmul
+from quantization import QuantLinear, Recipe, matmul, set_matmul
 
 
 class Mlp(nn.Module):
@@ -65,3 +65,13 @@ def test_a_block_is_one_graph(build, device):
     for mode in (True, False):
         explanation = torch._dynamo.explain(block.train(mode))(x)
         assert explanation.graph_count == 1 and explanation.graph_break_count == 0
+
+
+def test_a_model_is_one_graph(device, monkeypatch):
+    """Also the first of a process, and although every block drops another share of its paths."""
+    monkeypatch.setattr(matmul, "_LOST", {})
+    torch._dynamo.reset()
+    model = timm.create_model("deit_micro_patch4_32", quant=Recipe().with_q_ema(), drop_path_rate=0.1).to(device)
+    set_matmul(model, "fp8")
+    explanation = torch._dynamo.explain(model)(torch.randn(2, 3, 32, 32, device=device))
+    assert explanation.graph_count == 1 and explanation.graph_break_count == 0

@@ -106,6 +106,15 @@ def test_an_fp8_layer_trains_like_a_bf16_layer(randn, device):
     assert relative_error(results[0][0], q1 @ q2.T + layer.bias.double()) < 2**-7
 
 
+def test_fp8_is_for_bf16_alone(randn, device):
+    """Without autocast a layer multiplies in fp32, whatever it is set to."""
+    layer, x, gradients = QuantLinear(64, 32, device=device, recipe=ALL_NEAREST), randn(40, 64), []
+    for layer.matmul in ("fp8", "bf16"):
+        gradients.append(torch.autograd.grad(layer(x).square().sum(), list(layer.parameters())))
+    for a, b in zip(*gradients):
+        assert torch.equal(a, b)
+
+
 def test_quantizers_that_are_off_leave_their_matmul_in_bf16(randn, device):
     layer = QuantLinear(64, 32, device=device, recipe=Recipe(q3=Quantizer(enabled=False)))
     layer.matmul = "fp8"
