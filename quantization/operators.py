@@ -5,7 +5,7 @@ analyse at each of some hundred launches, which is most of what compiling a mode
 `reference.py` and `kernels.py`, one of which does the work.
 
 The one exception is `largest_magnitude`, a plain maximum: spelled out in PyTorch's own operations, the compiler takes
-it along in the kernel that makes the tensor.
+it along in the kernel that makes the tensor, if its rows are not too long.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from .formats import FP8_ROW_MULTIPLE, FP32_EXPONENT_MASK, FP32_MAGNITUDE_MASK, 
 from .recipe import Quantizer
 from .reference import TORCH_FP8, Operand, Packed, Quantized
 
+# The compiler holds rows up to this length in registers. It goes over longer ones twice: in a DeiT-B on an H200 a GELU
+# and its maximum took 182 us that way, 154 us apart.
+_WIDEST_ROW = 1024
+
 
 def largest_magnitude(x_RL: Tensor) -> Tensor:
     """`reference.largest_magnitude`. Of bf16 tensors the bits are rounded to bf16 once more, ties upwards.
 
     That changes nothing, unless the compiler takes the maximum of numbers that it has yet to round.
     """
-    if not x_RL.numel():
-        return torch.zeros(1, dtype=torch.int32, device=x_RL.device)
+    if x_RL.shape[1] > _WIDEST_ROW or not x_RL.numel():
+        return torch.ops.mxfp4.largest_magnitude(x_RL)
     bits = x_RL.to(torch.float32).view(torch.int32) & FP32_MAGNITUDE_MASK
     # Row by row first, which goes into the kernel that makes the rows.
     largest = torch.where(bits < FP32_EXPONENT_MASK, bits, 0).amax(dim=1).amax().view(1)
@@ -121,6 +125,7 @@ _LIBRARY.define(
     "Tensor? column_key, ScalarType? dtype, str? fp8, Tensor? largest, Tensor(a!)? lost, bool with_sum) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_LIBRARY.define("largest_magnitude(Tensor x) -> Tensor")
 _LIBRARY.define("dequantize(Tensor codes, Tensor scales, int length, str element, ScalarType dtype) -> Tensor")
 
 
@@ -166,6 +171,10 @@ def _quantize_both(
     return _filled(x, *parts, total)
 
 
+def _largest_magnitude(x) -> Tensor:
+    return _backend(x, x.dtype).largest_magnitude(x)
+
+
 def _dequantize(codes, scales, length, element, dtype) -> Tensor:
     return _backend(codes, dtype).dequantize(codes, scales, length, Element(element), dtype)
 
@@ -201,10 +210,15 @@ def _fake_quantize_both(
     return _filled(x, *row_operand, *column_operand, total)
 
 
+@torch.library.register_fake("mxfp4::largest_magnitude", lib=_LIBRARY)
+def _fake_largest_magnitude(x) -> Tensor:
+    return x.new_empty(1, dtype=torch.int32)
+
+
 @torch.library.register_fake("mxfp4::dequantize", lib=_LIBRARY)
 def _fake_dequantize(codes, scales, length, element, dtype) -> Tensor:
     return codes.new_empty(codes.shape[0], length, dtype=dtype)
 
 
-for _name, _function in (("quantize", _quantize), ("quantize_both", _quantize_both), ("dequantize", _dequantize)):
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+for _function in (_quantize, _quantize_both, _largest_magnitude, _dequantize):
+    _LIBRARY.impl(_function.__name__[1:], _function, "CompositeExplicitAutograd")

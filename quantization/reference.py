@@ -165,7 +165,7 @@ def largest_magnitude(x_RL: Tensor) -> Tensor:
     return bits.masked_fill(bits >= FP32_EXPONENT_MASK, 0).amax().view(1)
 
 
-def _largest_quantized(largest: Tensor, quantizer: Quantizer) -> Tensor:
+def largest_quantized(largest: Tensor, quantizer: Quantizer) -> Tensor:
     """Bits, int32 [1], of a bound on what `quantizer` makes of magnitudes up to `largest`: Qp times the scale."""
     fmt = quantizer.element.format
     byte = _scale_byte(largest.view(torch.float32), fmt, quantizer.scaling)
@@ -194,7 +194,7 @@ def quantize_both(
     x_NC, bound = source, largest
     if isinstance(source, Packed):
         x_NC = dequantize(source.codes_RB, source.scales_RG, source.length, source.quantizer.element, torch.float32)
-        bound = None if largest is None else _largest_quantized(largest, source.quantizer)
+        bound = None if largest is None else largest_quantized(largest, source.quantizer)
     results = []
     for x_RL, q, key in ((x_NC, rows, keys[0]), (x_NC.T, columns, keys[1])):
         result = None
