@@ -84,7 +84,13 @@ class Run:
 
     def finished(self, directory: Path) -> bool:
         done = self.epochs_done(directory) == self.protocol.epochs
-        return done and (not self.tracked or (directory / OSCILLATION).is_file())
+        return done and (not self.tracked or oscillation_file(directory) is not None)
+
+
+def oscillation_file(directory: Path) -> Path | None:
+    """What a tracked run has measured, gzipped or not, if it is there."""
+    places = (directory / OSCILLATION, directory / f"{OSCILLATION}.gz")
+    return next((place for place in places if place.is_file()), None)
 
 
 def shell(command: list[str]) -> str:
