@@ -33,7 +33,7 @@ def finish(out: Path, run: Run, acc1: float, epochs: int = 2, environment: dict 
     """A run's directory: `acc1` in its last epoch, a better one before."""
     directory = out / run.name
     directory.mkdir()
-    write_record(run, directory, run.command(), environment or ENVIRONMENT)
+    write_record(run, directory, run.command(), {}, environment or ENVIRONMENT)
     epochs_ = [{"epoch": epoch, "test_acc1": acc1 + (epochs - 1 - epoch), "test_acc5": 99.0} for epoch in range(epochs)]
     (directory / "log.txt").write_text("".join(json.dumps(numbers) + "\n" for numbers in epochs_))
     return directory
@@ -182,8 +182,8 @@ def test_runs_of_another_protocol_are_not_ours(tmp_path):
 def test_both_environments_of_a_run_that_went_on_elsewhere(tmp_path):
     run = run_for("table2", "TetraJet")
     directory = finish(tmp_path, run, 50.0)
-    write_record(run, directory, run.command(), {"device": "1 x slide rule"})
-    write_record(run, directory, run.command(), ENVIRONMENT)
+    write_record(run, directory, run.command(), {}, {"device": "1 x slide rule"})
+    write_record(run, directory, run.command(), {}, ENVIRONMENT)
     write_reports(["table2"], "smoke", SMOKE, tmp_path)
     lines = lines_of(tmp_path / "table2.md")
     assert "- 1 runs: device 1 x abacus, torch 2.8" in lines and "- 1 runs: device 1 x slide rule" in lines
