@@ -122,7 +122,7 @@ def describe(name: str, target: Target, protocol: Protocol, found: Existing, out
         else:
             parts.append(figure(name, target, directories, out))
         commands += [f"- {label}: `{_command(run, directories[label])}`" for label, run in runs.items()]
-        for place in {place for places in directories.values() for place in places.values()}:
+        for place in sorted({place for places in directories.values() for place in places.values()}):
             environments.update(tuple(e.items()) for e in read_record(place)["environments"])
     commands = "\n".join(commands)
     parts.append(f"<details><summary>Commands</summary>\n\n{commands}\n\n</details>")
