@@ -66,7 +66,7 @@ def environment() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "timm": importlib.metadata.version("timm"),
+        **{name: importlib.metadata.version(name) for name in ("triton", "timm")},
         "commit": (commit or "unknown") + (", with changes" if changed else ""),
     }
 
