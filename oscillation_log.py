@@ -16,6 +16,7 @@ Q2 is the quantizer of the forward pass, Q-EMA included. Measures of Q2 are abse
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import os
 from collections.abc import Iterable
@@ -88,8 +89,9 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows, in order. Raises ValueError for a file that is not ours, naming the line."""
-    header, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+    """All rows, in order, of a file gzipped or not. Raises ValueError for one that is not ours, naming the line."""
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+        header, *lines = list(file) or [""]
     if header != HEADER:
         raise ValueError(f"{path} must start with {HEADER.strip()}, got {header.strip()[:80]!r}; is it an {FILE_NAME}?")
     if lines and not lines[-1].endswith("\n"):

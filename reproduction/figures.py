@@ -1,4 +1,5 @@
-"""The paper's figures 2 to 6, each from the oscillation.csv of labelled runs (`main.py --track-oscillation`).
+"""The paper's figures 2 to 6, each from the oscillation.csv of labelled runs (`main.py --track-oscillation`), and one
+of all methods' accuracies.
 
 A label stands for one method and has one file for each of its seeds. Lines over epochs are means over the seeds, in a
 band from the least to the greatest.
@@ -112,6 +113,26 @@ def figure_6(runs: Runs, png: Path) -> None:
     _save(fig, png, "Share of weights that oscillate")
 
 
+def methods_figure(accuracies: dict[str, dict[str, list[float]]], png: Path) -> None:
+    """Top-1 of every method, one panel a model: `accuracies` are its seeds' by panel and method."""
+    most = max(len(by_method) for by_method in accuracies.values())
+    fig, axes = _subplots(len(accuracies), 1, width=7.5, height=0.6 + 0.3 * most)
+    for ax, (title, by_method) in zip(np.ravel(axes), accuracies.items()):
+        lines = range(len(by_method))
+        means = [np.mean(values) for values in by_method.values()]
+        seeds = [(value, y) for y, values in zip(lines, by_method.values()) for value in values]
+        ax.plot(*zip(*seeds), "o", color=COLOURS[0], ms=5, alpha=0.6, mew=0, label="one seed")
+        ax.plot(means, lines, "|", color=COLOURS[1], ms=14, mew=2, label="mean")
+        for y, (mean, values) in enumerate(zip(means, by_method.values())):
+            text = f"{mean:.2f}, n = {len(values)}"
+            ax.text(1.01, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8)
+        ax.set_yticks(lines, by_method)
+        ax.set_ylim(len(by_method) - 0.5, -0.5)
+        ax.set(title=title, xlabel="top-1 after the last epoch, %")
+    _legend_below(fig, np.ravel(axes)[0])
+    _save(fig, png, "Held-out accuracy, method by method")
+
+
 FIGURES: dict[str, Callable[[Runs, Path], None]] = {
     "fig2": figure_2,
     "fig3": figure_3,
@@ -206,12 +227,12 @@ def _trajectories(rows: Sequence[Row]) -> list[tuple[str, float, list[float], li
     ]
 
 
-def _subplots(rows: int, columns: int, width: float) -> tuple[Figure, Axes | np.ndarray]:
-    """matplotlib is loaded here, so that whoever draws nothing does not need it."""
+def _subplots(rows: int, columns: int, width: float, height: float = 2.7) -> tuple[Figure, Axes | np.ndarray]:
+    """`height` of a row. matplotlib is loaded here, so that whoever draws nothing does not need it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(width, 0.9 + 2.7 * rows), dpi=DPI, layout="constrained")
+    fig = Figure(figsize=(width, 0.9 + height * rows), dpi=DPI, layout="constrained")
     FigureCanvasAgg(fig)
     axes = fig.subplots(rows, columns)
     for ax in np.ravel(axes):

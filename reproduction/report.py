@@ -6,10 +6,10 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-import oscillation_log
-from oscillation_log import ALL, Measure
-from reproduction.protocols import Protocol
-from reproduction.runs import OSCILLATION, Existing, Run, columns, existing, read_log, read_record, run_of, shell
+from reproduction.claims import CLAIMS, LEAST_GAP, RULE, gap, standard_error
+from reproduction.metrics import read_metric
+from reproduction.protocols import Protocol, Setup
+from reproduction.runs import Existing, Run, columns, existing, oscillation_file, read_record, run_of, shell
 from reproduction.targets import TARGETS, Metric, Target
 
 HOW = (
@@ -19,25 +19,90 @@ HOW = (
 )
 
 
-def read_metric(metric: Metric, directory: Path) -> float:
-    """From a finished run, which has tracked oscillation if the metric is a rate."""
-    if metric.is_accuracy:
-        return read_log(directory)[-1]["test_acc1" if metric is Metric.TOP1 else "test_acc5"]
-    measure = Measure.RATE_QUANTIZED if metric is Metric.RATE_QW else Measure.RATE_OUTPUT
-    rows = [row for row in oscillation_log.read(directory / OSCILLATION) if row.measure is measure]
-    # The output is measured at one block, weights in every linear and in all of them.
-    return next(row.value for row in reversed(rows) if measure is Measure.RATE_OUTPUT or row.where == ALL)
-
-
 def write_reports(names: list[str], protocol_name: str, protocol: Protocol, out: Path) -> list[Path]:
-    """`out`/NAME.md for each of `names` and `out`/results.md with every target; figures that have their runs."""
+    """`out`/NAME.md for each of `names`, `out`/results.md with all claims and targets; figures that have their runs."""
     found = existing(out)
     texts = {name: describe(name, target, protocol, found, out) for name, target in TARGETS.items()}
     head = f"# Results: `--protocol {protocol_name}`\n\n{protocol.description}. {HOW}\n\n"
-    reports = {out / f"{name}.md": texts[name] for name in names} | {out / "results.md": "\n".join(texts.values())}
+    everything = [methods(protocol, found, out), gaps(protocol, found), claims(protocol, found), *texts.values()]
+    reports = {out / f"{name}.md": texts[name] for name in names} | {out / "results.md": "\n".join(everything)}
     for path, text in reports.items():
         path.write_text(head + text, encoding="utf-8")
     return list(reports)
+
+
+def numbers(
+    target: Target, label: str, metric: Metric, setup: Setup, protocol: Protocol, found: Existing
+) -> dict[int, float]:
+    """A row's numbers by seed."""
+    row = next(row for row in target.rows if row.label == label)
+    places = found.directories(run_of(target, row, setup, protocol))
+    return {seed: read_metric(metric, place) for seed, place in places.items()}
+
+
+def methods(protocol: Protocol, found: Existing, out: Path) -> str:
+    """Draws `out`/methods.png, the top-1 of every method of Tables 2 and 4, if two of them have runs."""
+    accuracies = {}
+    for model, setup in columns(TARGETS["table2"], protocol).items():
+        shown = {}
+        for target in (TARGETS["table2"], TARGETS["table4"]):
+            for row in target.rows:
+                by_seed = numbers(target, row.label, Metric.TOP1, setup, protocol, found)
+                label = f"TetraJet {row.label}" if row.label.startswith("+") else row.label
+                shown.setdefault(row.options, (label, list(by_seed.values())))
+        shown = {label: values for label, values in shown.values() if values}
+        if len(shown) > 1:
+            accuracies[f"{setup.model} (the paper: {model})"] = shown
+    if not accuracies:
+        return "No two methods have run.\n"
+    from reproduction.figures import methods_figure  # matplotlib takes a second, which tables do without
+
+    methods_figure(accuracies, out / "methods.png")
+    return "![Top-1 accuracy of every method, seed by seed](methods.png)\n"
+
+
+def gaps(protocol: Protocol, found: Existing) -> str:
+    """Whether the protocol can tell methods apart at all: full precision from Microscaling."""
+    lines = []
+    for model, setup in columns(TARGETS["table2"], protocol).items():
+        ahead, behind = (
+            list(numbers(TARGETS["table2"], label, Metric.TOP1, setup, protocol, found).values())
+            for label in ("full precision", "Microscaling")
+        )
+        if min(len(ahead), len(behind)) < 2:
+            text = "cannot be told, n < 2"
+        else:
+            difference, errors = gap(ahead, behind)
+            text = f"{spread(ahead, '.2f')} against {spread(behind, '.2f')}, {difference:+.2f} points: "
+            text += f"{errors:.1f} standard errors, {'enough' if errors >= LEAST_GAP else 'too few'}"
+        lines.append(f"- {setup.model} (the paper: {model}): {text}")
+    rule = (
+        f"Full precision should be {LEAST_GAP} standard errors or more ahead of Microscaling: of the difference of "
+        "their means, seeds not paired. Otherwise the protocol is no place to compare methods."
+    )
+    return f"## Can this protocol tell methods apart?\n\n{rule}\n\n" + "\n".join(lines) + "\n"
+
+
+def claims(protocol: Protocol, found: Existing) -> str:
+    """The paper's claims one by one, on every model that the protocol has for them."""
+    heads = ["claim", "where", "of", "paper", "ours", "standard error", "verdict"]
+    rows, verdicts = [heads, ["---"] * len(heads)], Counter()
+    for claim in CLAIMS:
+        target = TARGETS[claim.target]
+        for model, setup in columns(target, protocol).items():
+            ours = claim.ours(
+                lambda label, metric, target=target, setup=setup: numbers(target, label, metric, setup, protocol, found)
+            )
+            form = f"+.{claim.metric.digits}f"
+            paper = claim.paper(model)
+            verdict = claim.verdict(ours)
+            verdicts[verdict] += 1
+            rows.append([claim.text, f"{target.title.partition(':')[0]}, {model}", claim.metric.value])
+            rows[-1] += ["-" if paper is None else format(paper, form), spread(ours, form) if ours else ""]
+            rows[-1] += [format(standard_error(ours), form[1:]) if len(ours) > 1 else "", verdict]
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    counts = ", ".join(f"{verdict}: {count}" for verdict, count in sorted(verdicts.items()))
+    return f"## The paper's claims\n\n{RULE}\n\n{lines}\n\n{counts}.\n"
 
 
 def describe(name: str, target: Target, protocol: Protocol, found: Existing, out: Path) -> str:
@@ -57,7 +122,7 @@ def describe(name: str, target: Target, protocol: Protocol, found: Existing, out
         else:
             parts.append(figure(name, target, directories, out))
         commands += [f"- {label}: `{_command(run, directories[label])}`" for label, run in runs.items()]
-        for place in {place for places in directories.values() for place in places.values()}:
+        for place in sorted({place for places in directories.values() for place in places.values()}):
             environments.update(tuple(e.items()) for e in read_record(place)["environments"])
     commands = "\n".join(commands)
     parts.append(f"<details><summary>Commands</summary>\n\n{commands}\n\n</details>")
@@ -73,7 +138,7 @@ def figure(name: str, target: Target, directories: dict[str, dict[int, Path]], o
         return f"Not run: {', '.join(missing)}."
     from reproduction.figures import FIGURES  # matplotlib takes a second, which tables do without
 
-    curves = {label: [place / OSCILLATION for place in places.values()] for label, places in directories.items()}
+    curves = {label: [oscillation_file(place) for place in places.values()] for label, places in directories.items()}
     FIGURES[name](curves, out / f"{name}.png")
     seeds = ", ".join(f"{label}: n = {len(paths)}" for label, paths in curves.items())
     return f"![{target.title}]({name}.png)\n\n{seeds}."
@@ -90,7 +155,7 @@ def table(target: Target, model: str, directories: dict[str, dict[int, Path]], s
     heads = ["row"]
     papers = {row.label: row.paper.get(model) for row in target.rows}
     for index, metric in enumerate(target.metrics):
-        digits = 2 if metric.is_accuracy else 4
+        digits = metric.digits
         ours = {
             label: {seed: read_metric(metric, place) for seed, place in places.items()}
             for label, places in directories.items()

@@ -20,11 +20,13 @@ import torch
 from tqdm import tqdm
 
 from errors import UserError
+from options import parse_args
 from reproduction.runs import Run, executable, read_log, shell, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = "output.txt"
 TAIL = 8  # lines of a failed run's output that are shown
+PLACES = ("data_path", "output_dir", "resume")  # of this machine, not of the configuration
 GRACE = 20  # seconds that an interrupted run gets to end by itself
 
 
@@ -64,7 +66,7 @@ def environment() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "timm": importlib.metadata.version("timm"),
+        **{name: importlib.metadata.version(name) for name in ("triton", "timm")},
         "commit": (commit or "unknown") + (", with changes" if changed else ""),
     }
 
@@ -114,7 +116,9 @@ def start(run: Run, out: Path, slot: int, machine: Machine, data_path: Path | No
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         where = where | {"device": f"{len(gpus)} x {where['device']}"}
-    write_record(run, directory, run.command(processes), where)
+    options = vars(parse_args([*run.arguments(processes), *run.data_arguments(str(data_path))]))
+    options = {name: value for name, value in options.items() if name not in PLACES}
+    write_record(run, directory, run.command(processes), options, where)
     if processes > 1 or machine.jobs > 1:  # torch takes every core for itself
         threads = max(1, (os.cpu_count() or 1) // (processes * machine.jobs))
         env.setdefault("OMP_NUM_THREADS", str(threads))

@@ -70,12 +70,10 @@ class Run:
     def command(self, processes: int = 1, data_path: str = DATA_PATH) -> list[str]:
         """The whole command, but for where it writes."""
         launcher = ["torchrun", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else ["python"]
-        data = ["--data-path", data_path] if self.needs_data else []
-        return [*launcher, "main.py", *self.arguments(processes), *data]
+        return [*launcher, "main.py", *self.arguments(processes), *self.data_arguments(data_path)]
 
-    @property
-    def needs_data(self) -> bool:
-        return self.protocol.data_set != "DIGITS"
+    def data_arguments(self, data_path: str) -> list[str]:
+        return [] if self.protocol.data_set == "DIGITS" else ["--data-path", data_path]
 
     def epochs_done(self, directory: Path) -> int:
         """By the log of its own directory."""
@@ -84,7 +82,13 @@ class Run:
 
     def finished(self, directory: Path) -> bool:
         done = self.epochs_done(directory) == self.protocol.epochs
-        return done and (not self.tracked or (directory / OSCILLATION).is_file())
+        return done and (not self.tracked or oscillation_file(directory) is not None)
+
+
+def oscillation_file(directory: Path) -> Path | None:
+    """What a tracked run has measured, gzipped or not, if it is there."""
+    places = (directory / OSCILLATION, directory / f"{OSCILLATION}.gz")
+    return next((place for place in places if place.is_file()), None)
 
 
 def shell(command: list[str]) -> str:
@@ -198,11 +202,14 @@ def check_directory(run: Run, directory: Path) -> None:
         )
 
 
-def write_record(run: Run, directory: Path, command: list[str], environment: dict[str, str]) -> None:
-    """Before the run starts. A run that goes on elsewhere, or with other versions, has more than one environment."""
+def write_record(run: Run, directory: Path, command: list[str], options: dict, environment: dict[str, str]) -> None:
+    """Before the run starts. `options` are all of main.py's, with their defaults.
+
+    A run that goes on elsewhere, or with other versions, has more than one environment.
+    """
     environments = read_record(directory)["environments"] if (directory / RECORD).exists() else []
     environments += [environment] if environment not in environments else []
-    record = {**run.record, "command": shell(command), "environments": environments}
+    record = {**run.record, "command": shell(command), "options": options, "environments": environments}
     part = directory / f".{RECORD}.part"
     part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(part, directory / RECORD)

@@ -36,14 +36,21 @@ class Metric(str, Enum):
 
     TOP1 = "top-1 %"
     TOP5 = "top-5 %"
+    RATE_W = "r(W)"
+    """Mean relative change of the weights from step to step (section 4)."""
     RATE_QW = "r(Q2(W))"
-    """Mean relative change of the quantized weights from step to step (section 4)."""
+    """The same of the quantized weights."""
     RATE_Y = "r(Y)"
     """The same of a block's output on a fixed input."""
+    OSCILLATING = "oscillating %"
+    """Share of the weights with an oscillation ratio above 16."""
+    CONFIDENCE = "confidence"
+    """Mean quantization confidence of the weights, from 0 to 1."""
 
     @property
-    def is_accuracy(self) -> bool:
-        return self in (Metric.TOP1, Metric.TOP5)
+    def digits(self) -> int:
+        """Decimals that a report shows."""
+        return 2 if self.value.endswith("%") else 4
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,21 @@ def test_kernels_on_a_cpu(tmp_path):
     assert "| all of a block |" in result.stdout
 
 
+def test_tracking_on_a_cpu(tmp_path):
+    small = ["--model", "deit_micro_patch4_32", "--batch-size", "2", "--rounds", "2", "--steps", "2", "--device", "cpu"]
+    result = run("tracking.py", *small, "--csv", str(tmp_path / "tracking.csv"))
+    assert result.returncode == 0, result.stderr
+    rows = {row["kind"]: row for row in csv.DictReader(open(tmp_path / "tracking.csv"))}
+    assert list(rows) == [
+        *("without", "outside a window", "within a window", "opening a window", "measuring at its end")
+    ]
+    assert all(float(row["ms"]) > 0 for row in rows.values()) and float(rows["without"]["ratio"]) == 1
+    assert float(rows["within a window"]["ms"]) > float(rows["without"]["ms"])  # it is seen
+    assert "A window of 30 steps costs" in result.stdout
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", ["train_step.py", "kernels.py"])
+@pytest.mark.parametrize("script", ["train_step.py", "kernels.py", "tracking.py"])
 def test_without_a_gpu_one_line(script):
     result = run(script)
     assert result.returncode == 2 and result.stderr == f"{script}: error: timing needs a GPU, PyTorch finds none\n"

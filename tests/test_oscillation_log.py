@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import math
 
 import pytest
@@ -31,6 +32,15 @@ def test_a_round_trip(tmp_path):
     ]
     with open(path, newline="") as file:  # as any other program reads it
         assert [line["where"] for line in csv.DictReader(file)] == [row.where for row in ROWS]
+
+
+def test_gzipped_it_reads_the_same(tmp_path):
+    path = tmp_path / "oscillation.csv"
+    start(path, 0)
+    append(path, ROWS)
+    packed = tmp_path / "oscillation.csv.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read(packed) == ROWS
 
 
 def test_going_on_replaces_the_epochs_that_are_run_again(tmp_path):

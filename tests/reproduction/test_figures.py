@@ -10,7 +10,7 @@ from PIL import Image
 
 from main import main
 from oscillation_log import Measure, append, read, start
-from reproduction.figures import FIGURES
+from reproduction.figures import FIGURES, methods_figure
 
 TINY = ["--model", "deit_micro_patch4_32", "--input-size", "8", "--epochs", "2", "--batch-size", "718"]
 TINY += ["--device", "cpu", "--warmup-epochs", "0", "--num-workers", "0", "--track-oscillation"]
@@ -86,3 +86,12 @@ def test_a_run_without_trajectories_leaves_its_line_out(runs, tmp_path):
     FIGURES["fig3"]({"short": [short], "TetraJet": runs["TetraJet"]}, tmp_path / "with.png")
     FIGURES["fig3"]({"TetraJet": runs["TetraJet"]}, tmp_path / "without.png")
     assert (tmp_path / "with.png").read_bytes() == (tmp_path / "without.png").read_bytes()
+
+
+def test_methods_one_panel_a_model(tmp_path):
+    one = {"full precision": [70.0, 71.0, 69.5], "Microscaling": [66.0]}
+    for name, panels in (("a", {"T": one}), ("b", {"T": one, "S": one}), ("c", {"T": one | {"Microscaling": [67.0]}})):
+        methods_figure(panels, tmp_path / f"{name}.png")
+    sizes = [Image.open(tmp_path / f"{name}.png").size for name in "abc"]
+    assert sizes[0] == sizes[2] and sizes[1][1] > sizes[0][1]
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()

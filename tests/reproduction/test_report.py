@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import oscillation_log
 from errors import UserError
 from oscillation_log import Measure
+from reproduction.claims import CLAIMS
 from reproduction.protocols import PROTOCOLS
-from reproduction.report import spread, write_reports
+from reproduction.report import claims, gaps, spread, write_reports
 from reproduction.runs import OSCILLATION, RECORD, Run, columns, existing, read_log, run_of, write_record
 from reproduction.targets import TARGETS
 
@@ -31,7 +33,7 @@ def finish(out: Path, run: Run, acc1: float, epochs: int = 2, environment: dict 
     """A run's directory: `acc1` in its last epoch, a better one before."""
     directory = out / run.name
     directory.mkdir()
-    write_record(run, directory, run.command(), environment or ENVIRONMENT)
+    write_record(run, directory, run.command(), {}, environment or ENVIRONMENT)
     epochs_ = [{"epoch": epoch, "test_acc1": acc1 + (epochs - 1 - epoch), "test_acc5": 99.0} for epoch in range(epochs)]
     (directory / "log.txt").write_text("".join(json.dumps(numbers) + "\n" for numbers in epochs_))
     return directory
@@ -68,6 +70,59 @@ def test_mean_last_epoch_and_differences_of_the_same_seeds(tmp_path):
     assert all(f"## {target.title}" in results for target in TARGETS.values())
     # Table 5's first and last rows are these runs too.
     assert "| nearest, direct, floor | 58.56 | -1.19 | 63.00 +- 2.83 (n = 2) |" in results
+
+
+def test_figure_gap_and_claims_stand_before_the_tables(tmp_path):
+    for seed in range(3):
+        finish(tmp_path, run_for("table2", "full precision", seed), 70.0 + seed)
+        finish(tmp_path, run_for("table2", "Microscaling", seed), 60.0 + 0.5 * seed)
+        finish(tmp_path, run_for("table2", "TetraJet", seed), 61.0 + 1.1 * seed)
+    write_reports(["table2"], "smoke", SMOKE, tmp_path)
+    lines = lines_of(tmp_path / "results.md")
+    heads = [line for line in lines if line.startswith(("![", "## "))]
+    assert heads[:4] == [
+        "![Top-1 accuracy of every method, seed by seed](methods.png)",
+        "## Can this protocol tell methods apart?",
+        "## The paper's claims",
+        "## Table 1: one quantizer at a time",
+    ]
+    assert (tmp_path / "methods.png").is_file()
+    # 71 and 60.5: standard errors of 1 and 0.5, each over the root of 3.
+    assert (
+        "- deit_micro_patch4_32 (the paper: DeiT-T): 71.00 +- 1.00 (n = 3) against 60.50 +- 0.50 (n = 3), "
+        "+10.50 points: 16.3 standard errors, enough"
+    ) in lines
+    # 1.0, 1.6 and 2.2: t of 0.35 x 4.303 = 1.49 from 1.6.
+    start = "| TetraJet is ahead of Microscaling | Table 2, DeiT-T | top-1 % | +1.19 | "
+    assert start + "+1.60 +- 0.60 (n = 3) | 0.35 | holds |" in lines
+    assert "| Q-EMA gains on TetraJet | Table 2, DeiT-T | top-1 % | +0.25 |  |  | not run |" in lines
+    assert f"holds: 3, not run: {len(CLAIMS) - 3}." in lines
+    assert "## The paper's claims" not in (tmp_path / "table2.md").read_text()
+
+
+def test_claims_about_what_only_tracked_runs_have(tmp_path):
+    measures = (Measure.RATE_WEIGHT, Measure.RATE_QUANTIZED, Measure.RATE_OUTPUT, Measure.OSCILLATING)
+    measures += (Measure.CONFIDENCE,)
+    for seed in range(3):
+        for label, value in (("TetraJet", 0.04), ("TetraJet + Q-EMA", 0.01)):
+            csv = finish(tmp_path, run_for("fig6", label, seed), 50.0) / OSCILLATION
+            rows = [
+                oscillation_log.Row(1, 5, 5, m, "all", None, value + m.value.count("_") * seed / 1000) for m in measures
+            ]
+            oscillation_log.start(csv, 0)
+            oscillation_log.append(csv, rows)
+    found = existing(tmp_path)
+    lines = claims(SMOKE, found).splitlines()
+    start = "| Fewer weights oscillate with Q-EMA | Figure 6, DeiT-T | oscillating % | - | "
+    assert start + "+3.00 +- 0.00 (n = 3) | 0.00 | holds |" in lines
+    start = "| Quantized weights keep changing where weights come to rest | Figure 2, DeiT-T | r(Q2(W)) | - | "
+    assert start + "+0.0000 +- 0.0000 (n = 3) | 0.0000 | cannot be told |" in lines
+    # Gzipped, the measures are the same and the run is finished still.
+    for csv in tmp_path.glob(f"*/{OSCILLATION}"):
+        csv.with_name(f"{csv.name}.gz").write_bytes(gzip.compress(csv.read_bytes()))
+        csv.unlink()
+    assert claims(SMOKE, existing(tmp_path)).splitlines() == lines
+    assert "cannot be told, n < 2" in gaps(SMOKE, found)
 
 
 def test_two_metrics_side_by_side(tmp_path):
@@ -127,8 +182,8 @@ def test_runs_of_another_protocol_are_not_ours(tmp_path):
 def test_both_environments_of_a_run_that_went_on_elsewhere(tmp_path):
     run = run_for("table2", "TetraJet")
     directory = finish(tmp_path, run, 50.0)
-    write_record(run, directory, run.command(), {"device": "1 x slide rule"})
-    write_record(run, directory, run.command(), ENVIRONMENT)
+    write_record(run, directory, run.command(), {}, {"device": "1 x slide rule"})
+    write_record(run, directory, run.command(), {}, ENVIRONMENT)
     write_reports(["table2"], "smoke", SMOKE, tmp_path)
     lines = lines_of(tmp_path / "table2.md")
     assert "- 1 runs: device 1 x abacus, torch 2.8" in lines and "- 1 runs: device 1 x slide rule" in lines

@@ -59,6 +59,8 @@ def test_a_failure_is_told_the_rest_goes_on_and_only_it_runs_again(capsys):
     assert f"| plain | 63.73 |  | {top1:.2f} (n = 1) |  |" in report and "| hot | - |  | not finished |  |" in report
     assert "Not in this protocol: Swin-T." in report
     record = json.loads((good / RECORD).read_text())
+    assert record["options"]["batch_size"] == 119 and record["options"]["weight_decay"] == 0.05  # defaults too
+    assert not {"data_path", "output_dir", "resume"} & record["options"].keys()
     assert f"- plain: `{record['command']}`" in report and record["environments"][0]["torch"] in report
     assert "## Two rows" in Path("out/results.md").read_text()
 
