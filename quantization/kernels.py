@@ -71,8 +71,8 @@ _STOCHASTIC = tl.constexpr(1)
 _EMA = tl.constexpr(2)
 _ROUNDING_INDEX = {Rounding.NEAREST: 0, Rounding.STOCHASTIC: 1, Rounding.EMA: 2}
 
-# Elements in a tile: 32 a thread of one warp. On an H200, 25,216 x 3,072 elements of bf16 took 77 us (Q3) and 85 us (Q1)
-# so, 86 us each in tiles of 4,096 and four warps. The interpreter likes few tiles.
+# Elements in a tile: 32 a thread of one warp. On an H200, 25,216 x 3,072 elements of bf16 took 77 us (Q3) and 85 us
+# (Q1) so, 86 us each in tiles of 4,096 and four warps. The interpreter likes few tiles.
 _TILE = 4096 if os.environ.get("TRITON_INTERPRET") == "1" else 1024
 # Columns of a tile of `_quantize_columns_kernel`, and columns times groups: two columns of 32 elements a thread.
 _COLUMN_BLOCK, _COLUMN_TILE = 64, 256

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .formats import FP8_ROW_MULTIPLE, FP32_EXPONENT_MASK, FP32_MAGNITUDE_MASK, GROUP_SIZE, Element, Fp8, Rounding, Scaling
+from .formats import (
+    FP8_ROW_MULTIPLE,
+    FP32_EXPONENT_MASK,
+    FP32_MAGNITUDE_MASK,
+    GROUP_SIZE,
+    Element,
+    Fp8,
+    Rounding,
+    Scaling,
+)
 from .recipe import Quantizer
 from .reference import TORCH_FP8, Operand, Packed, Quantized
 
