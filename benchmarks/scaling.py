@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import socket
 import sys
 from itertools import cycle
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from common import append_rows, environment, median_and_percentiles, timed
 from torch import multiprocessing
+from torch.distributed import TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed
@@ -80,7 +80,8 @@ def work(rank: int, processes: int, port: int, args: argparse.Namespace, results
     """What each process does; the first one puts a dict into `results` for every measurement."""
     if processes > 1:
         there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes}
-        os.environ |= {name: str(value) for name, value in (there | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        there |= {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": True}
+        os.environ |= {name: str(value) for name, value in (there | {"TORCHELASTIC_RESTART_COUNT": 0}).items()}
     device = distributed.start(args.device)
     ways = ["alone"] if processes == 1 else ["DDP"] if args.compile else ["DDP", "FSDP2"]
     for how in ways:
@@ -93,11 +94,10 @@ def work(rank: int, processes: int, port: int, args: argparse.Namespace, results
 
 def rows(processes: int, args: argparse.Namespace) -> list[dict]:
     """Raises an exception with the first failed process's traceback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # As torchrun does: the store is here, so that no other program can take its port before the processes come.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     results = multiprocessing.get_context("spawn").SimpleQueue()
-    multiprocessing.spawn(work, (processes, port, args, results), nprocs=processes)
+    multiprocessing.spawn(work, (processes, store.port, args, results), nprocs=processes)
     found = []
     while not results.empty():
         found.append(results.get())
