@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -291,15 +287,9 @@ distributed.stop()
 """
 
 
-def test_processes_agree(tmp_path):
+def test_processes_agree(tmp_path, torchrun):
     """A NaN in one process alone, which no gradient tells the other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={port}", "two.py"]
-    env = os.environ | {"PYTHONPATH": str(Path(program.__file__).parent), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    result = torchrun(tmp_path, TWO_PROCESSES)
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.splitlines()
     assert first == second and first.startswith("(11, 14, ")

@@ -245,6 +245,34 @@ def test_kill_9_of_deit_tiny_on_a_gpu(data, process):
         list(pool.map(trial, range(TRIALS)))
 
 
+# An uninterrupted run, one of which a process gets SIGTERM, and the rest of that: in one process group, for it takes
+# longest to start.
+TWO_PROCESSES = """
+import os, shutil, signal, sys
+from pathlib import Path
+import distributed, engine, main
+
+device = distributed.start("cpu")
+distributed.start, distributed.stop, stop = lambda kind: device, lambda: None, distributed.stop
+step, rank, codes = engine.TrainStep.__call__, distributed.rank(), []
+for directory, at in (("whole", 0), ("parts", 3), ("parts", 0)):
+    calls = iter(range(1, 10**6))
+
+    def counted(self, batch):
+        if rank == 1 and next(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    engine.TrainStep.__call__ = counted
+    codes.append(main.main([*sys.argv[1:], "--output-dir", directory]))
+    if at and rank == 0:
+        shutil.copytree("parts", "stopped")
+    distributed.wait_for_all()
+Path(f"codes-{rank}").write_text(str(codes))
+stop()
+"""
+
+
 class TestSignals:
     def test_a_checkpoint_at_the_next_step_and_exit_code_75(self, command, whole, capsys):
         """In a training step, in an epoch's last one, in a detection, which is repeated."""
@@ -268,28 +296,14 @@ class TestSignals:
         assert steps_saved() == 3 and main(command) == 0
         assert_same_run(whole)
 
-    def test_two_processes_of_which_one_gets_it(self, data, environment):
+    def test_two_processes_of_which_one_gets_it(self, data, torchrun):
         """Both stop after the step at which they ask each other, the 10th of 15, and go on as if they had not."""
-        script = (
-            "import os, sys, main\n"
-            "import test_resume_driver as driver\n"
-            "code = main.main(sys.argv[3:])\n"
-            "open(f'code-{os.environ[\"RANK\"]}', 'w').write(str(code))\n"
-            "sys.exit(code)\n"
-        )
-        Path("two.py").write_text(script)
-        at_rank_1 = DRIVER.replace("if next(calls) == at", "if os.environ['RANK'] == '1' and next(calls) == at")
-        Path("test_resume_driver.py").write_text(at_rank_1[: at_rank_1.index("sys.exit")])
         options = [*RUN, "--batch-size", "2", "--epochs", "2", "--data-path", data, "--resume", "auto"]
-        env = environment | {"OMP_NUM_THREADS": "1"}
-        for directory, call, code in (("whole", -1, 0), ("parts", 3, 75), ("parts", -1, 0)):
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "two.py"]
-            command = [*torchrun, str(call), str(int(signal.SIGTERM)), *options, "--output-dir", directory]
-            result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-            assert [Path(f"code-{rank}").read_text() for rank in range(2)] == [str(code)] * 2, result.stderr
-            if code:
-                saved = torch.load("parts/checkpoint.pth", weights_only=True)
-                assert (saved["epoch"], [sums["steps"] for sums in saved["sums"]]) == (0, [10, 10])
+        result = torchrun(Path(), TWO_PROCESSES, *options)
+        assert result.returncode == 0, result.stderr
+        assert [Path(f"codes-{rank}").read_text() for rank in range(2)] == ["[0, 75, 0]"] * 2
+        saved = torch.load("stopped/checkpoint.pth", weights_only=True)
+        assert (saved["epoch"], [sums["steps"] for sums in saved["sums"]]) == (0, [10, 10])
         assert_same_run(Path("whole"))
 
     def test_a_second_signal_ends_at_once(self, environment):
