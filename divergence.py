@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import distributed
 from errors import NonFiniteSteps
 from quantization.snapshot import rng_state, set_rng_state
+from quantization.step_count import Flag
 
-MOST_IN_A_ROW = 10  # skipped steps after which a run stops
+MOST_IN_A_ROW = 10  # skipped steps after which a run stops; at its end a whole epoch of them is enough
 
 
 @dataclass
@@ -26,6 +27,8 @@ class Step:
     """Of the gradients, by parameter."""
     place: str
     """Where in the run it is, with the learning rate."""
+    in_a_row: int = 0
+    """Skipped steps up to this one, once that is known."""
 
 
 class Skips:
@@ -39,7 +42,7 @@ class Skips:
         self.count = 0
         """Skipped steps since whoever reports them has set it to 0."""
         self.in_a_row = 0
-        self._unknown: tuple[Step, Tensor, torch.cuda.Event | None] | None = None
+        self._unknown: tuple[Step, Flag] | None = None
 
     def decide(self, step: Step) -> Tensor:
         """1.0 if the step must be skipped, else 0.0: fp32, a scalar, the same on all processes.
@@ -48,32 +51,20 @@ class Skips:
         """
         norm = torch.linalg.vector_norm(step.norms)
         skip = distributed.any_of(1 - (norm.isfinite() & step.loss.isfinite()).float())
-        known = None
-        on_host = skip.to("cpu", non_blocking=True)
-        if skip.is_cuda:
-            known = torch.cuda.Event()
-            known.record()
-        self._unknown = step, on_host, known
+        self._unknown = step, Flag(skip)
         return skip
 
-    def newest(self) -> bool:
-        """Whether the newest step is skipped. Waits for its decision, not for what the device was given since."""
-        _, skip, known = self._unknown
-        if known is not None:
-            known.synchronize()
-        return bool(skip)
-
-    def settle(self) -> Step | None:
-        """Count the newest step, once; returns it if it is one skipped step in a row too many."""
+    def settle(self, most: int = MOST_IN_A_ROW) -> Step | None:
+        """Count the newest step, once; returns it if it is the last of `most` skipped ones in a row, or of more."""
         if self._unknown is None:
             return None
-        skipped = self.newest()
-        step, self._unknown = self._unknown[0], None
+        (step, flag), self._unknown = self._unknown, None
+        skipped = bool(flag)
         self.count += skipped
         self.in_a_row = self.in_a_row + 1 if skipped else 0
-        if self.in_a_row < MOST_IN_A_ROW:
+        if self.in_a_row < most:
             return None
-        self.in_a_row = 0  # whoever goes on from here has as many to spare again
+        step.in_a_row, self.in_a_row = self.in_a_row, 0  # whoever goes on from here has as many to spare again
         return step
 
     def state_dict(self) -> dict[str, int]:
@@ -101,7 +92,7 @@ def report(model: nn.Module, step: Step, device: torch.device) -> NonFiniteSteps
         rank, cause = 2, f"every layer's output is finite, the gradient of {name} is not or its norm is beyond fp32"
     _, loss, cause = min(distributed.gather((rank, loss, cause)), key=lambda told: told[0])
     return NonFiniteSteps(
-        f"loss or gradients were not finite in {MOST_IN_A_ROW} steps in a row, the last at {step.place}, loss "
+        f"loss or gradients were not finite in {step.in_a_row} steps in a row, the last at {step.place}, loss "
         f"{loss:.4g}: {cause}; lower --lr, lengthen --warmup-epochs, or look at the data"
     )
 

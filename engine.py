@@ -19,7 +19,7 @@ from tqdm import tqdm
 import distributed
 from cuda_graph import CudaGraph
 from datasets import LEFT_OUT
-from divergence import Skips, Step, report, running_statistics
+from divergence import MOST_IN_A_ROW, Skips, Step, report, running_statistics
 from losses import DistillationLoss
 from quantization import RampingAdamW, quant_linears, weights_quantized_once
 from quantization.shards import local
@@ -115,12 +115,12 @@ class TrainStep:
         elif not self.skip:
             optimizer.step()
 
-    def settle(self) -> None:
+    def settle(self, most: int = MOST_IN_A_ROW) -> None:
         """Count the newest step if it was skipped. Call after the last of several steps; each step calls it first.
 
-        Raises NonFiniteSteps if it was one skipped step in a row too many.
+        Raises NonFiniteSteps if it was the last of `most` skipped ones in a row.
         """
-        last = self.skips.settle()
+        last = self.skips.settle(most)
         if last is not None:
             model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
             with autocast(self.device):
@@ -175,6 +175,7 @@ class EpochSums:
     skipped_steps: int = 0
     seconds: float = 0.0
     lost_groups: int = 0
+    bad_images: int = 0
     extra: dict[str, float] = field(default_factory=dict)
     """Numbers for the log that were known before the first step."""
 

@@ -389,9 +389,8 @@ def train(
         """Only the laboratory takes part in a skipped step, in which nothing moves."""
         if q_ema is not None:
             q_ema.update(step.skip)
-        # These baselines count steps on the host. It waits while the device still has the optimizer's work.
-        if answer is not None and not step.skips.newest():
-            answer.update()
+        if answer is not None:
+            answer.update(step.skip)
         if model_ema is not None:
             update_average(model_ema, model, step.skip)
         if laboratory is not None:
@@ -399,6 +398,8 @@ def train(
         if check is not None:
             check.after_step()
         done = progress.sums.steps
+        if done == num_steps and progress.epoch + 1 == args.epochs:  # too few may be left for ten in a row
+            step.settle(min(num_steps, MOST_IN_A_ROW))
         if interrupts.agreed(None if done == num_steps else done):
             stop()
         due = args.save_steps and (progress.epoch * num_steps + done) % args.save_steps == 0
@@ -412,6 +413,7 @@ def train(
         step.settle()
         progress.sums.skipped_steps = step.skips.count
         progress.sums.lost_groups += int(take_lost_groups(device))
+        progress.sums.bad_images += take_bad_images(loaders.train)[0]
         progress.save(directory, best)
         saved = progress.epoch, progress.sums.steps
 
@@ -464,7 +466,7 @@ def train(
             if laboratory is not None:
                 log.oscillation(laboratory.after_epoch(epoch, (epoch + 1) * num_steps))
             tested = evaluate(model, loaders.val, device)
-            numbers["bad_images"] = count_bad_images(loaders, named)
+            numbers["bad_images"] = count_bad_images(loaders, named, sums.bad_images)
             numbers |= {f"test_{name}": value for name, value in tested.items()}
             if model_ema is not None:
                 averaged = evaluate(model_ema.module, loaders.val, device)
@@ -487,10 +489,14 @@ def train(
     say(f"best top-1 {progress.best_acc1:.2f} %; checkpoints and logs in {directory}")
 
 
-def count_bad_images(loaders: Loaders, named: set[str]) -> int:
-    """Images of all processes that could not be read since the last call; says which, but for those in `named`."""
+def count_bad_images(loaders: Loaders, named: set[str], before: int = 0) -> int:
+    """Images of all processes that could not be read since the last call; says which, but for those in `named`.
+
+    `before` is how many more this process has counted.
+    """
     counted = [take_bad_images(loader) for loader in (loaders.train, loaders.val)]
-    gathered = distributed.gather((sum(count for count, _ in counted), set().union(*(paths for _, paths in counted))))
+    total = before + sum(count for count, _ in counted)
+    gathered = distributed.gather((total, set().union(*(paths for _, paths in counted))))
     for path in sorted(set().union(*(paths for _, paths in gathered)) - named):
         say(f"note    {path} is not a readable image and was left out")
         named.add(path)

@@ -11,10 +11,11 @@ from __future__ import annotations
 from enum import Enum
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .linear import plain_weight_linears
 from .schedule import cosine
+from .step_count import StepCount
 
 
 class Reduction(str, Enum):
@@ -26,7 +27,7 @@ class Reduction(str, Enum):
     """||D||_F^2 over the number of input channels, Nagel et al.'s sum over output channels of means."""
 
 
-class Dampen:
+class Dampen(StepCount):
     """Adds the gradient of the dampening loss, 2 lambda (W - Q2(W)) or that over D, to the weights' gradients.
 
     The gradient is added after the backward pass, not the loss before it: the same update, without another graph, and
@@ -44,10 +45,9 @@ class Dampen:
     ) -> None:
         if weight < 0 or total_steps < 1:
             raise ValueError(f"need weight >= 0 and total_steps >= 1, got {weight} and {total_steps}")
+        super().__init__()
         self.weight, self.total_steps, self.reduction = weight, total_steps, Reduction(reduction)
         self.layers = plain_weight_linears(model)
-        self.step = 0
-        """Optimizer steps done."""
 
     @property
     def present_weight(self) -> float:
@@ -65,9 +65,9 @@ class Dampen:
                 share = factor if self.reduction is Reduction.SUM else factor / layer.in_features
                 layer.weight.grad.add_(layer.weight - layer.quantized_weight(), alpha=share)
 
-    def update(self) -> None:
-        """Call once after every optimizer step."""
-        self.step += 1
+    def update(self, skip: Tensor | None = None) -> None:
+        """Call once after every optimizer step. One that was skipped, `skip` 1 on the device, does not count."""
+        self.count(skip)
 
     def numbers(self) -> dict[str, float]:
         """For the log."""

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from .formats import GROUP_SIZE, MAX_MAGNITUDE_CODE, SIGN_CODE
 from .linear import QuantLinear, plain_weight_linears
 from .mx import quantize_mx
+from .q_ema import lerp_unless
 from .schedule import cosine
+from .step_count import StepCount
 
 MOMENTUM = 0.001  # Nagel et al.'s default
 FIRST_THRESHOLD = 0.1  # where the threshold's cosine starts
@@ -47,7 +49,7 @@ class _Track:
         return {name: getattr(self, name) for name in ("codes", "direction", "frequency", "mean_code", "frozen")}
 
 
-class Freeze:
+class Freeze(StepCount):
     """Tracks every quantized weight and freezes those that oscillate, by writing their value after every step.
 
     That is a gradient of 0 for them, and the layer needs no other forward pass: a model with frozen weights is an
@@ -65,9 +67,8 @@ class Freeze:
                 f"threshold must lie between twice the momentum, {2 * momentum}, and {FIRST_THRESHOLD}, and "
                 f"total_steps be at least 1; got {threshold} and {total_steps}"
             )
+        super().__init__()
         self.threshold, self.momentum, self.total_steps = threshold, momentum, total_steps
-        self.step = 0
-        """Optimizer steps done."""
         self._tracks = []
         for layer in plain_weight_linears(model):
             codes, _ = _codes_and_scales(layer)
@@ -77,31 +78,33 @@ class Freeze:
                 _Track(layer, codes, torch.zeros_like(codes), zeros, codes.float(), zeros + torch.nan, magnitudes)
             )
 
-    @property
-    def present_threshold(self) -> float:
+    def threshold_after(self, step: int) -> float:
         """Infinite as long as nothing freezes."""
-        threshold = cosine(self.step, self.total_steps, FIRST_THRESHOLD, self.threshold)
+        threshold = cosine(step, self.total_steps, FIRST_THRESHOLD, self.threshold)
         return float("inf") if threshold is None else threshold
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Call once after every optimizer step."""
-        self.step += 1
-        threshold = self.present_threshold
+    def update(self, skip: Tensor | None = None) -> None:
+        """Call once after every optimizer step. One that was skipped, `skip` 1 on the device, leaves all as it is."""
+        threshold = self.threshold_after(self.step + 1)
+        self.count(skip)
         for track in self._tracks:
             weight, frozen = track.layer.weight, track.frozen
             weight.copy_(torch.where(frozen.isnan(), weight, frozen))  # what the optimizer has moved
             codes, scales = _codes_and_scales(track.layer)
+            if skip is not None:
+                codes = torch.where(skip > 0, track.codes, codes)  # what froze just now may have got another one
             change = (codes - track.codes).sign()
             turned = (change != 0) & (change == -track.direction)
-            track.frequency.lerp_(turned.float(), self.momentum)
-            track.mean_code.lerp_(codes.float(), self.momentum)
+            lerp_unless(skip, [track.frequency, track.mean_code], [turned.float(), codes.float()], self.momentum)
             track.direction.copy_(torch.where(change != 0, change, track.direction))
             track.codes.copy_(codes)
 
             mean_code = track.mean_code.round()
             values = mean_code.sign() * track.magnitudes[mean_code.abs().int()] * scales
             freezes = frozen.isnan() & (track.frequency > threshold)
+            if skip is not None:
+                freezes &= skip == 0
             frozen.copy_(torch.where(freezes, values, frozen))
             weight.copy_(torch.where(freezes, values, weight))
 

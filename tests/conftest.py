@@ -7,8 +7,11 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, one a core
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +28,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """Of a process that imports the repository's modules, whatever its directory."""
+    paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+@pytest.fixture(scope="session")
+def torchrun(environment):
+    """torchrun(directory, script, *arguments, processes=2): that Python script under torchrun, one thread each."""
+
+    def launch(directory: Path, script: str, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
+        (directory / "script.py").write_text(script)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        env = environment | {"OMP_NUM_THREADS": "1"}
+        options = {"cwd": directory, "env": env, "capture_output": True, "text": True, "timeout": 600}
+        return subprocess.run([*command, "script.py", *arguments], **options)
+
+    return launch
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import datasets
+import engine
 from datasets import LEFT_OUT, BadImages, DataConfig, ImageFiles, build_loaders, set_epoch, take_bad_images
 from engine import evaluate
 from errors import UserError
@@ -107,3 +108,27 @@ def test_a_run_skips_counts_and_names_each_once(workers, folder, capsys):
     assert printed.count("2 images were not readable") == 2
     for path in spoiled:
         assert printed.count(f"note    {path} is not a readable image and was left out") == 1
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_run_that_goes_on_within_an_epoch_counts_what_was_before(workers, folder, monkeypatch):
+    """Interrupted before the third of three steps, then before the second and third of the next epoch."""
+    spoil(folder, "train/dark/0.png", "train/dark/1.png", "train/dark/2.png", "val/light/2.png")
+    options = ["--data-set", "FOLDER", "--data-path", str(folder), "--batch-size", "2", "--input-size", "8"]
+    options += ["--model", "deit_micro_patch4_32", "--num-workers", workers, "--repeats", "1", "--device", "cpu"]
+    options += ["--epochs", "2", "--warmup-epochs", "0", "--bad-images", "skip"]
+    command = [*options, "--output-dir", "out", "--resume", "auto", "--save-steps", "1"]
+    step = engine.TrainStep.__call__
+    for last in (3, 3, 2):
+        calls = iter(range(1, 100))
+
+        def interrupted(self, batch, calls=calls, last=last):
+            if next(calls) == last:
+                raise KeyboardInterrupt
+            return step(self, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.TrainStep, "__call__", interrupted)
+            assert main(command) == 130
+    assert main(command) == 0
+    assert [line["bad_images"] for line in map(json.loads, Path("out/log.txt").read_text().splitlines())] == [4, 4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+WAYS = [("1", "alone"), ("2", "DDP"), ("2", "FSDP2")]
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -48,6 +50,26 @@ def test_tracking_on_a_cpu(tmp_path):
     assert all(float(row["ms"]) > 0 for row in rows.values()) and float(rows["without"]["ratio"]) == 1
     assert float(rows["within a window"]["ms"]) > float(rows["without"]["ms"])  # it is seen
     assert "A window of 30 steps costs" in result.stdout
+
+
+def test_scaling_on_a_cpu(tmp_path):
+    small = ["--model", "deit_micro_patch4_32", "--batch-size", "2", "--steps", "2", "--device", "cpu"]
+    result = run("scaling.py", *small, "--csv", str(tmp_path / "scaling.csv"))
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader(open(tmp_path / "scaling.csv")))
+    made = [(row["processes"], row["how"], row["recipe"]) for row in rows]
+    assert made == [(*way, recipe) for way in WAYS for recipe in ("bf16", "TetraJet")]
+    for row, alone in zip(rows, 3 * rows[:2]):
+        assert float(row["ms"]) > 0
+        assert float(row["ratio"]) == pytest.approx(int(row["img_per_s"]) / int(alone["img_per_s"]), abs=0.01)
+    assert result.stdout.count("| TetraJet | ") == 3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are two GPUs")
+def test_scaling_without_two_gpus_one_line():
+    result = run("scaling.py")
+    wanted = r"scaling.py: error: several processes need a GPU each, PyTorch finds [01]; --device cpu needs none\n"
+    assert result.returncode == 2 and re.fullmatch(wanted, result.stderr)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

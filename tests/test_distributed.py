@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,24 +12,30 @@ import pytest
 import torch
 
 import engine
+import oscillation_log
 from main import build_model, main
 from options import build_recipe, parse_args
 from quantization import linear, quantize_mx
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 COMMON = ["--quant", "mxfp4", "--device", "cpu", "--num-workers", "0", "--warmup-epochs", "0"]
 # 224 images of 5 tokens fill groups of 32 tokens, so that a rank's groups are half of the groups of both.
 NEAREST = [*COMMON, "--backward-rounding", "nearest", "--epochs", "2", "--lr", "1e-4"]
 SHORT = [*COMMON, "--batch-size", "359", "--epochs", "2"]
 ALL = ["--q-ema", "--q-ramping", "--q-ramping-steps", "2", "--model-ema-decay", "0.9", "--drop-path", "0.2"]
+CLIPPED = ["--clip-grad", "0.1"]
+TRACKED = [*COMMON, "--epochs", "2", "--batch-size", "180", "--clip-grad", "0.5", "--track-oscillation"]
+SWIN = [*SHORT, *ALL, "--model", "swin_tiny_patch4_window7_224", "--input-size", "16", "--epochs", "1"]
+STUDENT = [*SHORT, "--model", "deit_tiny_distilled_patch16_224", "--input-size", "32", "--epochs", "1"]
+STUDENT += ["--distillation-type", "soft", "--teacher-path", "teacher.pth", "--teacher-model", "deit_micro_patch4_32"]
 
 # Each process does the runs of runs.json, [arguments, more] each, in one process group: starting it takes longest.
-# `more` is what goes wrong.
+# `more` is what goes wrong. Of each checkpoint every process hashes all weights, averages, periods and step sizes.
 SCRIPT = """
-import json, os, signal, sys
+import hashlib, json, os, signal, sys
 from pathlib import Path
-import datasets, distributed, engine, main, rank_check, quantization.linear
+import checkpoint, datasets, distributed, engine, main, rank_check, quantization.linear, timm
 from errors import UserError
+from quantization.shards import is_sharded
 
 quantization.linear.Q_EMA_START = 1
 
@@ -39,11 +43,25 @@ start, stop, device = distributed.start, distributed.stop, []
 distributed.start = lambda kind: device[0] if device else device.append(start(kind)) or device[0]
 distributed.stop = lambda: None
 after_step, call, train = rank_check.RankCheck.after_step, engine.TrainStep.__call__, main.train_one_epoch
-steps, digits = 0, datasets._IN_MEMORY["DIGITS"]
+steps, digits, save = 0, datasets._IN_MEMORY["DIGITS"], checkpoint.Run.save
+swin, create_swin = timm.models.swin_transformer, timm.models.swin_transformer._create_swin_transformer
 
 def one_image_less(root, download, training):
     images, labels = digits(root, download, training)
     return (images, labels) if training else (images[1:], labels[1:])
+
+def small_swin(name, pretrained=False, **options):
+    options |= {"embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "window_size": 2}
+    return create_swin(name, pretrained, **options)
+
+def hashed(self, directory, best=False):
+    digest = hashlib.sha256()
+    for state in (self.model.state_dict(), *self.optimizer.state.values()):
+        for value in state.values():
+            digest.update((value.full_tensor() if is_sharded(value) else value).detach().numpy().tobytes())
+    with open(directory / f"hashes-{distributed.rank()}", "a") as file:
+        print(digest.hexdigest(), file=file)
+    save(self, directory, best)
 
 def perturbed(self):
     if distributed.rank() == 1 and "perturb" in more and self.step == 2:
@@ -67,6 +85,7 @@ def interrupted(step, loader, epoch, *rest):
     return train(step, loader, epoch, *rest)
 
 datasets._IN_MEMORY["DIGITS"] = one_image_less  # so that rank 0 has 180 images to evaluate, rank 1 has 179
+swin._create_swin_transformer, checkpoint.Run.save = small_swin, hashed
 rank_check.RankCheck.after_step, engine.TrainStep.__call__, main.train_one_epoch = perturbed, stopped, interrupted
 for arguments, more in json.loads(Path("runs.json").read_text()):
     code = main.main(arguments)
@@ -77,23 +96,24 @@ sys.exit(code)
 """
 
 
-@pytest.fixture
-def in_two_processes(tmp_path, monkeypatch):
-    """in_two_processes(*runs): their standard error; exit codes in codes-RANK."""
-    monkeypatch.chdir(tmp_path)
-
-    def launch(*runs: tuple[list[str], dict]) -> subprocess.CompletedProcess:
-        Path("script.py").write_text(SCRIPT)
-        Path("runs.json").write_text(json.dumps(runs))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
-        env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-
-    return launch
+def launch(torchrun, directory: Path, runs: list[tuple[list[str], dict]], processes: int = 2):
+    """The runs in `directory`, in one process group; exit codes in codes-RANK."""
+    (directory / "runs.json").write_text(json.dumps(runs))
+    return torchrun(directory, SCRIPT, processes=processes)
 
 
-def load(directory: str) -> dict:
-    return torch.load(f"{directory}/checkpoint.pth", weights_only=True)
+def codes(directory: Path, processes: int = 2) -> list[list[int]]:
+    """Of the runs, by rank."""
+    return [[int(code) for code in (directory / f"codes-{rank}").read_text().split()] for rank in range(processes)]
+
+
+def hashes(directory: Path, processes: int = 2) -> list[list[str]]:
+    """Of a run's checkpoints, by rank."""
+    return [(directory / f"hashes-{rank}").read_text().split() for rank in range(processes)]
+
+
+def load(directory: Path) -> dict:
+    return torch.load(directory / "checkpoint.pth", weights_only=True)
 
 
 def same(a: object, b: object) -> bool:
@@ -106,76 +126,175 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
-def log(directory: str) -> list[dict]:
-    return [json.loads(line) for line in Path(directory, "log.txt").read_text().splitlines()]
+def log(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "log.txt").read_text().splitlines()]
 
 
-def test_ranks_agree_with_one_process_with_each_other_and_sharded(in_two_processes, monkeypatch, capsys):
-    runs = [
-        ([*NEAREST, "--batch-size", "224", "--output-dir", "two"], {}),
-        ([*SHORT, "--epochs", "1", "--output-dir", "plain"], {}),
-        ([*SHORT, "--epochs", "1", "--fsdp", "--check-ranks", "1", "--output-dir", "plain-fsdp"], {}),
-        ([*SHORT, *ALL, "--check-ranks", "1", "--output-dir", "all"], {}),
-        ([*SHORT, *ALL, "--fsdp", "--check-ranks", "1", "--output-dir", "all-fsdp"], {}),
-        ([*SHORT, *ALL, "--fsdp", "--output-dir", "gathered"], {"end": "interrupt"}),
-        ([*SHORT, *ALL, "--output-dir", "gathered", "--resume", "auto"], {}),
-        ([*SHORT, *ALL, "--output-dir", "scattered"], {"end": "interrupt"}),
-        ([*SHORT, *ALL, "--fsdp", "--output-dir", "scattered", "--resume", "auto"], {}),
-        ([*SHORT, "--q-ema", "--eval", "--fsdp", "--batch-size", "179", "--resume", "all/checkpoint.pth"], {}),
-        ([*SHORT, "--check-ranks", "2", "--output-dir", "bad"], {"perturb": "blocks.1.mlp.fc1.weight"}),
-    ]
-    result = in_two_processes(*runs)
-    codes = [Path(f"codes-{rank}").read_text().split() for rank in range(2)]
-    assert codes == [["0"] * 5 + ["130", "0"] * 2 + ["0", "1"]] * 2, result.stderr
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+RUNS = [  # directory, arguments, what goes wrong, exit code
+    ("two", [*NEAREST, "--batch-size", "224"], {}, 0),
+    ("two-clipped", [*NEAREST, *CLIPPED, "--batch-size", "224", "--fsdp"], {}, 0),
+    ("plain", [*SHORT, "--epochs", "1"], {}, 0),
+    ("plain-fsdp", [*SHORT, "--epochs", "1", "--fsdp", "--check-ranks", "1"], {}, 0),
+    ("all", [*SHORT, *ALL, "--check-ranks", "1"], {}, 0),
+    ("all-fsdp", [*SHORT, *ALL, "--fsdp", "--check-ranks", "1"], {}, 0),
+    ("gathered", [*SHORT, *ALL, "--fsdp"], {"end": "interrupt"}, 130),
+    ("gathered", [*SHORT, *ALL, "--resume", "auto"], {}, 0),
+    ("scattered", [*SHORT, *ALL], {"end": "interrupt"}, 130),
+    ("scattered", [*SHORT, *ALL, "--fsdp", "--resume", "auto"], {}, 0),
+    ("swin", SWIN, {}, 0),
+    ("swin-fsdp", [*SWIN, "--fsdp"], {}, 0),
+    ("student", STUDENT, {}, 0),
+    ("student-fsdp", [*STUDENT, "--fsdp"], {}, 0),
+    ("tracked", [*TRACKED, "--q-ema", "--q-ramping", "--q-ramping-steps", "3"], {}, 0),
+    ("tracked-int4", [*TRACKED, "--quant", "int4"], {}, 0),
+    ("all", [*SHORT, "--q-ema", "--eval", "--fsdp", "--batch-size", "179", "--resume", "all/checkpoint.pth"], {}, 0),
+    ("mistake", [*COMMON, "--epochs", "none"], {}, 2),
+    ("bad", [*SHORT, "--check-ranks", "2"], {"perturb": "blocks.1.mlp.fc1.weight"}, 1),
+]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, torchrun) -> tuple[Path, subprocess.CompletedProcess]:
+    """`RUNS` by two processes: where they are, and what was printed."""
+    directory = tmp_path_factory.mktemp("two")
+    torch.manual_seed(0)
+    teacher = build_model("deit_micro_patch4_32", 10, 32, 0.0, build_recipe(parse_args([])))
+    torch.save(teacher.state_dict(), directory / "teacher.pth")
+    result = launch(torchrun, directory, [([*args, "--output-dir", name], more) for name, args, more, _ in RUNS])
+    return directory, result
+
+
+def test_exit_codes_and_what_is_said_once(two):
+    directory, result = two
+    assert codes(directory) == [[code for *_, code in RUNS]] * 2, result.stderr
     differ = "main.py: ranks differ: after step 4 rank 1 holds another blocks.1.mlp.fc1.weight than rank 0; resume"
     assert result.stderr.count("ranks differ") == result.stderr.count(differ) == 1
+    assert result.stderr.count("main.py: error: argument --epochs: needs a whole number at least 1") == 1
+    assert not (directory / "mistake").exists()
 
-    # Bit for bit: adding up two gradients has one order only.
-    for name, other in (("plain", "plain-fsdp"), ("all", "all-fsdp"), ("all", "gathered"), ("all", "scattered")):
-        whole, shards = load(name), load(other)
-        assert all(same(whole[part], shards[part]) for part in ("model", "model_ema", "optimizer", "rng", "identity"))
-        lines = [[{k: v for k, v in line.items() if k != "img_per_s"} for line in log(d)] for d in (name, other)]
-        assert lines[0] == lines[1]
-    assert log("all")[1]["mean_period"] > 1
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("plain", "plain-fsdp"),
+        ("all", "all-fsdp"),
+        ("all", "gathered"),
+        ("all", "scattered"),
+        ("swin", "swin-fsdp"),
+        ("student", "student-fsdp"),
+    ],
+)
+def test_sharded_or_not_the_checkpoint_is_the_same(name, other, two):
+    """Bit for bit: adding up two gradients has one order only."""
+    directory, _ = two
+    whole, shards = load(directory / name), load(directory / other)
+    for part in ("model", "model_ema", "optimizer", "rng", "identity"):
+        assert same(whole[part], shards[part]), part
+    logs = [log(directory / place) for place in (name, other)]
+    lines = [[{k: v for k, v in line.items() if k != "img_per_s"} for line in lines] for lines in logs]
+    assert lines[0] == lines[1]
+    assert name != "all" or lines[0][1]["mean_period"] > 1
+    assert name != "swin" or "layers.1.downsample.reduction.weight_ema" in whole["model"]
+
+
+def test_a_sharded_evaluation(two, monkeypatch, capsys):
+    directory, result = two
     shown = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
-    assert shown["test_acc1"] == log("all")[1]["test_acc1"]
+    assert shown["test_acc1"] == log(directory / "all")[1]["test_acc1"]
     monkeypatch.setattr(linear, "Q_EMA_START", 1)
-    assert main([*SHORT, "--q-ema", "--eval", "--resume", "all-fsdp/checkpoint.pth"]) == 0
+    assert main([*SHORT, "--q-ema", "--eval", "--resume", str(directory / "all-fsdp/checkpoint.pth")]) == 0
     unsharded = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert unsharded["test_acc1"] * 360 / 100 == pytest.approx(shown["test_acc1"] * 359 / 100, abs=1.001)
 
-    # One process on both ranks' batches, the images of rank 0 first.
+
+@pytest.fixture
+def by_one(monkeypatch):
+    """by_one(name, *options): a run of `NEAREST` by one process on both ranks' batches, the images of rank 0 first."""
     call = engine.TrainStep.__call__
     rank_by_rank = lambda self, batch: call(self, [torch.cat((t[0::2], t[1::2])) for t in batch])  # noqa: E731
     monkeypatch.setattr(engine.TrainStep, "__call__", rank_by_rank)
-    assert main([*NEAREST, "--batch-size", "448", "--output-dir", "one"]) == 0
-    for one, two in zip(log("one"), log("two"), strict=True):
-        assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-6)
-    one, two = load("one")["model"], load("two")["model"]
+
+    def run(name: str, *options: str) -> Path:
+        assert main([*NEAREST, *options, "--batch-size", "448", "--output-dir", name]) == 0
+        return Path(name)
+
+    return run
+
+
+def test_two_processes_train_as_one(two, by_one):
+    directory, _ = two
+    alone = by_one("one")
+    for one_line, two_line in zip(log(alone), log(directory / "two"), strict=True):
+        assert one_line["train_loss"] == pytest.approx(two_line["train_loss"], rel=1e-6)
+    one, of_two = load(alone)["model"], load(directory / "two")["model"]
     args = parse_args(NEAREST)
     torch.manual_seed(args.seed)
     start = build_model(args.model, 10, args.input_size, args.drop_path, build_recipe(args)).state_dict()
     weights = [name for name in one if re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", name)]
     assert len(weights) == 8
     for name in weights:
-        a, b, before = (quantize_mx(model[name], -1) for model in (one, two, start))
+        a, b, before = (quantize_mx(model[name], -1) for model in (one, of_two, start))
         assert (a.codes != before.codes).double().mean() > 0.05  # decisions were there to be made
         assert torch.equal(a.codes, b.codes) and torch.equal(a.scales.view(torch.uint8), b.scales.view(torch.uint8))
 
 
+def test_gradients_are_clipped_to_the_norm_over_all_shards(two, by_one):
+    """Adam forgets a gradient's length, its first moment does not: a mean of gradients that all have the norm."""
+    directory, _ = two
+    alone = by_one("one", *CLIPPED)
+    for one_line, two_line in zip(log(alone), log(directory / "two-clipped"), strict=True):
+        assert one_line["train_loss"] == pytest.approx(two_line["train_loss"], rel=1e-6)
+    one, clipped, free = (
+        torch.cat([state["exp_avg"].flatten() for state in load(place)["optimizer"]["state"].values()])
+        for place in (alone, directory / "two-clipped", directory / "two")
+    )
+    assert (clipped - one).norm() < 1e-4 * one.norm()
+    assert one.norm() <= 0.1 < 2 * free.norm()
+
+
+@pytest.mark.parametrize("name", ["all", "all-fsdp", "tracked", "tracked-int4"])
+def test_two_processes_train_alike(name, two):
+    """Both ranks hold the same weights, averages, periods and step sizes at the end of every epoch."""
+    directory, _ = two
+    first, second = hashes(directory / name)
+    assert len(set(first)) == 2 and first == second
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("tracked", ["--q-ema"]), ("tracked-int4", ["--quant", "int4"])])
+def test_a_tracked_run_of_two_processes(name, recipe, two):
+    directory, result = two
+    measured = oscillation_log.read(directory / name / "oscillation.csv")
+    assert [r.epoch for r in measured if (r.measure.value, r.where) == ("rate_w", "all")] == [0, 1]
+    assert len(log(directory / name)) == 2 and "359 held-out images" in result.stdout
+    assert main([*COMMON, *recipe, "--eval", "--resume", str(directory / name / "checkpoint.pth")]) == 0
+
+
+def test_three_processes(tmp_path, torchrun):
+    """Most weights have rows that three cannot share evenly, and some have fewer rows than there are processes."""
+    options = [*COMMON, *ALL, "--batch-size", "239", "--epochs", "2", "--check-ranks", "1"]
+    runs = [([*options, "--output-dir", "whole"], {}), ([*options, "--fsdp", "--output-dir", "shards"], {})]
+    result = launch(torchrun, tmp_path, runs, processes=3)
+    assert codes(tmp_path, processes=3) == [[0, 0]] * 3, result.stderr
+    for name in ("whole", "shards"):
+        first, second, third = hashes(tmp_path / name, processes=3)
+        assert len(set(first)) == 2 and first == second == third
+    assert log(Path("whole"))[1]["mean_period"] > 1
+    for whole, shards in zip(log(Path("whole")), log(Path("shards")), strict=True):
+        assert shards["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize("end", ["raise", "kill"])
-def test_a_rank_that_fails_ends_the_job(end, in_two_processes):
+def test_a_rank_that_fails_ends_the_job(end, tmp_path, torchrun):
     started = time.monotonic()
-    result = in_two_processes(([*SHORT, "--output-dir", "out"], {"end": end}))
+    result = launch(torchrun, tmp_path, [([*SHORT, "--output-dir", "out"], {"end": end})])
     assert result.returncode != 0 and time.monotonic() - started < 60
     if end == "raise":
         assert result.stderr.count("main.py: error: image 7 is not readable") == 1
         assert "[rank" not in result.stderr  # no traceback of the rank whose collective broke off
     else:
         assert re.search(r"rank\s*: 1 .*\n.*exitcode\s*: -9", result.stderr)
-
-
-def test_what_fails_everywhere_is_said_once(in_two_processes):
-    result = in_two_processes(([*COMMON, "--epochs", "none"], {}))
-    assert result.stderr.count("main.py: error: argument --epochs: needs a whole number at least 1") == 1
-    assert [Path(f"codes-{rank}").read_text().split() for rank in range(2)] == [["2"]] * 2

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -244,7 +240,7 @@ def test_the_row_goes_on_in_another_process(device):
         assert skips.settle() is None
     other.load_state_dict(copy.deepcopy(skips.state_dict()))
     other.decide(bad)
-    assert other.newest() and other.settle() is bad and other.settle() is None and other.in_a_row == 0
+    assert other.settle() is bad and bad.in_a_row == MOST_IN_A_ROW and other.settle() is None and other.in_a_row == 0
 
 
 def test_the_innermost_module_is_named_and_running_statistics_stay(batches, device):
@@ -291,15 +287,9 @@ distributed.stop()
 """
 
 
-def test_processes_agree(tmp_path):
+def test_processes_agree(tmp_path, torchrun):
     """A NaN in one process alone, which no gradient tells the other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={port}", "two.py"]
-    env = os.environ | {"PYTHONPATH": str(Path(program.__file__).parent), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    result = torchrun(tmp_path, TWO_PROCESSES)
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.splitlines()
     assert first == second and first.startswith("(11, 14, ")
@@ -364,3 +354,28 @@ def test_a_diverged_run_leaves_a_checkpoint_to_go_on_from(poisoned, capsys):
     poisoned(range(0))
     assert main([*RUN, "--resume", "auto"]) == 0
     assert json.loads(Path("out/log.txt").read_text().splitlines()[-1])["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize(("first", "row"), [(4, 4), (3, 5)], ids=["all of the last epoch", "more than that"])
+def test_a_run_that_ends_with_an_epoch_of_skipped_steps_has_diverged(first, row, poisoned, capsys):
+    """Two epochs of four steps: ten in a row would never come."""
+    command = [*RUN, "--batch-size", "359", "--epochs", "2"]
+    poisoned(range(first, 100))
+    assert main(command) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"not finite in {row} steps in a row, the last at epoch 2, step 4, learning rate" in error
+    assert "the first output that is not finite is that of blocks.0.mlp.fc1" in error
+    state = torch.load("out/checkpoint.pth", weights_only=True)
+    assert state["epoch"] == 1 and state["sums"][0]["steps"] == state["sums"][0]["skipped_steps"] == 0
+    assert {s["step"].item() for s in state["optimizer"]["state"].values()} == {first}
+    poisoned(range(0))
+    assert main([*command, "--resume", "auto"]) == 0
+    log = [json.loads(line) for line in Path("out/log.txt").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in log] == [4 - first, 0]
+
+
+def test_a_run_that_ends_with_fewer_has_not(poisoned):
+    poisoned(range(5, 100))
+    assert main([*RUN, "--batch-size", "359", "--epochs", "2"]) == 0
+    log = [json.loads(line) for line in Path("out/log.txt").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in log] == [0, 3]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -103,7 +101,7 @@ class TestTraining:
         assert Path("out/checkpoint.pth").is_file() and Path("out/best_checkpoint.pth").is_file()
 
     @pytest.mark.parametrize("name", RESUMED)
-    def test_resume_repeats_an_uninterrupted_run_bit_for_bit(self, name, capsys):
+    def test_resume_repeats_an_uninterrupted_run_bit_for_bit(self, name, environment, capsys):
         arguments = [*TINY, *RESUMED[name], "--drop-path", "0.2", "--model-ema-decay", "0.9"]
         assert main([*arguments, "--output-dir", "whole"]) == 0
         # The same run, stopped after its first epoch by an interrupt in the second.
@@ -116,9 +114,8 @@ class TestTraining:
             "main.train_one_epoch = stop\n"
             "sys.exit(main.main(sys.argv[1:]))\n"
         )
-        env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
         command = [sys.executable, "-c", script, *arguments, "--output-dir", "parts"]
-        result = subprocess.run(command, env=env, capture_output=True, text=True)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert result.returncode == 130 and "--resume auto goes on" in result.stderr
         assert len(lines_of(Path("parts/log.txt"))) == 1
         assert main([*arguments, "--output-dir", "parts", "--resume", "auto"]) == 0
@@ -292,41 +289,6 @@ def digest(value) -> str:
 
     add(value)
     return found.hexdigest()
-
-
-@pytest.mark.parametrize(("extra", "recipe"), [(ALL, ["--q-ema"]), (["--quant", "int4"],) * 2], ids=["all", "int4"])
-def test_two_processes_train_alike(extra, recipe, capsys):
-    """torchrun with gloo: both ranks hold the same weights, averages, periods and step sizes at the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = (
-        "import sys, hashlib, main, checkpoint, distributed\n"
-        "save = checkpoint.Run.save\n"
-        "def told(self, directory, best):\n"
-        "    digest = hashlib.sha256()\n"
-        "    for state in (self.model.state_dict(), *self.optimizer.state.values()):\n"
-        "        for value in state.values(): digest.update(value.numpy().tobytes())\n"
-        "    with open(f'hashes-{distributed.rank()}', 'a') as file: print(digest.hexdigest(), file=file)\n"
-        "    save(self, directory, best)\n"
-        "checkpoint.Run.save = told\n"
-        "sys.exit(main.main(sys.argv[1:]))\n"
-    )
-    Path("two.py").write_text(script)
-    options = ["--clip-grad", "0.5", "--batch-size", "180", "--output-dir", "out", "--track-oscillation"]
-    arguments = [*TINY, *extra, *options]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={port}", "two.py"]
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    hashes = [Path(f"hashes-{rank}").read_text().splitlines() for rank in range(2)]
-    assert len(set(hashes[0])) == 2 and hashes[0] == hashes[1]
-    measured = oscillation_log.read(Path("out/oscillation.csv"))
-    assert [r.epoch for r in measured if (r.measure.value, r.where) == ("rate_w", "all")] == [0, 1]
-    log = lines_of(Path("out/log.txt"))
-    assert len(log) == 2 and "360 held-out images" in result.stdout
-    assert main([*TINY, *recipe, "--eval", "--resume", "out/checkpoint.pth"]) == 0
-    capsys.readouterr()
 
 
 MISTAKES = {

@@ -13,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,6 @@ import laboratory
 from fingerprint import fingerprint
 from main import main
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 EPOCHS, BATCH, IMAGES, DETECTION = 3, 10, 60, 2
 STEPS = IMAGES // BATCH  # of an epoch
 DATA = ["--data-set", "FASHION", "--input-size", "8", "--batch-size", str(BATCH), "--device", "cpu", "--lr", "0.01"]
@@ -34,6 +34,9 @@ DATA += ["--mixup", "0.8", "--cutmix", "1", "--model-ema-decay", "0.9", "--drop-
 DATA += ["--aa", "rand-m9-mstd0.5", "--reprob", "0.5", "--color-jitter", "0.3", "--repeats", "2", "--num-workers", "0"]
 RUN = [*DATA, "--epochs", str(EPOCHS), "--quant", "mxfp4", "--q-ema", "--q-ramping", "--q-ramping-k1", "0.5"]
 RUN += ["--q-ramping-steps", str(DETECTION)]
+CALLS = EPOCHS * STEPS + (EPOCHS - 1) * DETECTION  # training steps of a run, those of detections included
+ON_A_GPU = ["--model", "deit_tiny_patch16_224", "--input-size", "224", "--device", "cuda", "--deterministic"]
+TRIALS, AT_ONCE = 20, 10  # of them; starting a process takes longest
 
 
 class Killed(BaseException):
@@ -101,7 +104,7 @@ def digest(directory: Path) -> str:
         else:
             found.update(repr(part).encode())
 
-    add(torch.load(directory / "checkpoint.pth", weights_only=True))
+    add(torch.load(directory / "checkpoint.pth", map_location="cpu", weights_only=True))
     return found.hexdigest()
 
 
@@ -195,19 +198,79 @@ sys.exit(main.main(sys.argv[3:]))
 """
 
 
-def process(call: int, number: signal.Signals, arguments: list[str]) -> subprocess.CompletedProcess:
-    """A process that signals itself before its training step `call`."""
-    command = [sys.executable, "-c", DRIVER, str(call), str(int(number)), *arguments]
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def process(environment):
+    """process(call, number, arguments): a process that signals itself before its training step `call`; 0: never."""
+    env = environment | {"OMP_NUM_THREADS": "1"}
+
+    def run(call: int, number: signal.Signals, arguments: list[str]) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", DRIVER, str(call), str(int(number)), *arguments]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+    return run
 
 
-def test_kill_9_of_real_processes(command, whole):
+def test_kill_9_of_real_processes(command, whole, process):
     command += ["--save-steps", "2"]
     for call in (4, 6, 5):  # in the first epoch, in a detection, in the second epoch
         assert process(call, signal.SIGKILL, command).returncode == -signal.SIGKILL
     assert main(command) == 0
     assert_same_run(whole)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the same on a CPU has tests of its own")
+def test_kill_9_of_deit_tiny_on_a_gpu(data, process):
+    """At 20 of its 22 steps, drawn at random, detections' among them: the run that goes on ends with the same bits."""
+    options = [*RUN, *ON_A_GPU, "--data-path", data]
+    result = process(0, signal.SIGKILL, [*options, "--output-dir", "whole"])
+    assert result.returncode == 0, result.stderr
+    wanted = digest(Path("whole"))
+    print(f"\nuninterrupted, {CALLS} steps: sha256 {wanted}", flush=True)
+    points = random.Random(0)
+    trials = [(call, points.randint(2, STEPS)) for call in points.sample(range(1, CALLS + 1), TRIALS)]
+
+    def trial(number: int) -> None:
+        (call, save_steps), parts = trials[number], Path(f"parts-{number}")
+        command = [*options, "--output-dir", str(parts), "--resume", "auto", "--save-steps", str(save_steps)]
+        killed = process(call, signal.SIGKILL, command)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        resumed = process(0, signal.SIGKILL, command)
+        assert resumed.returncode == 0, resumed.stderr
+        found = digest(parts)
+        print(f"killed before step {call}, saved every {save_steps}: sha256 {found}", flush=True)
+        assert found == wanted and numbers(parts) == numbers(Path("whole")) and not list(parts.glob(".*"))
+        shutil.rmtree(parts)  # 200 MB a checkpoint
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(trial, range(TRIALS)))
+
+
+# An uninterrupted run, one of which a process gets SIGTERM, and the rest of that: in one process group, for it takes
+# longest to start.
+TWO_PROCESSES = """
+import os, shutil, signal, sys
+from pathlib import Path
+import distributed, engine, main
+
+device = distributed.start("cpu")
+distributed.start, distributed.stop, stop = lambda kind: device, lambda: None, distributed.stop
+step, rank, codes = engine.TrainStep.__call__, distributed.rank(), []
+for directory, at in (("whole", 0), ("parts", 3), ("parts", 0)):
+    calls = iter(range(1, 10**6))
+
+    def counted(self, batch):
+        if rank == 1 and next(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    engine.TrainStep.__call__ = counted
+    codes.append(main.main([*sys.argv[1:], "--output-dir", directory]))
+    if at and rank == 0:
+        shutil.copytree("parts", "stopped")
+    distributed.wait_for_all()
+Path(f"codes-{rank}").write_text(str(codes))
+stop()
+"""
 
 
 class TestSignals:
@@ -226,38 +289,24 @@ class TestSignals:
         assert main(command) == 0
         assert_same_run(whole)
 
-    def test_in_a_real_process_with_a_loaders_processes(self, command, whole):
+    def test_in_a_real_process_with_a_loaders_processes(self, command, whole, process):
         command += ["--num-workers", "1"]
         result = process(3, signal.SIGTERM, command)
         assert result.returncode == 75, result.stderr
         assert steps_saved() == 3 and main(command) == 0
         assert_same_run(whole)
 
-    def test_two_processes_of_which_one_gets_it(self, data):
+    def test_two_processes_of_which_one_gets_it(self, data, torchrun):
         """Both stop after the step at which they ask each other, the 10th of 15, and go on as if they had not."""
-        script = (
-            "import os, sys, main\n"
-            "import test_resume_driver as driver\n"
-            "code = main.main(sys.argv[3:])\n"
-            "open(f'code-{os.environ[\"RANK\"]}', 'w').write(str(code))\n"
-            "sys.exit(code)\n"
-        )
-        Path("two.py").write_text(script)
-        at_rank_1 = DRIVER.replace("if next(calls) == at", "if os.environ['RANK'] == '1' and next(calls) == at")
-        Path("test_resume_driver.py").write_text(at_rank_1[: at_rank_1.index("sys.exit")])
         options = [*RUN, "--batch-size", "2", "--epochs", "2", "--data-path", data, "--resume", "auto"]
-        env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-        for directory, call, code in (("whole", -1, 0), ("parts", 3, 75), ("parts", -1, 0)):
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "two.py"]
-            command = [*torchrun, str(call), str(int(signal.SIGTERM)), *options, "--output-dir", directory]
-            result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-            assert [Path(f"code-{rank}").read_text() for rank in range(2)] == [str(code)] * 2, result.stderr
-            if code:
-                saved = torch.load("parts/checkpoint.pth", weights_only=True)
-                assert (saved["epoch"], [sums["steps"] for sums in saved["sums"]]) == (0, [10, 10])
+        result = torchrun(Path(), TWO_PROCESSES, *options)
+        assert result.returncode == 0, result.stderr
+        assert [Path(f"codes-{rank}").read_text() for rank in range(2)] == ["[0, 75, 0]"] * 2
+        saved = torch.load("stopped/checkpoint.pth", weights_only=True)
+        assert (saved["epoch"], [sums["steps"] for sums in saved["sums"]]) == (0, [10, 10])
         assert_same_run(Path("whole"))
 
-    def test_a_second_signal_ends_at_once(self):
+    def test_a_second_signal_ends_at_once(self, environment):
         script = (
             "import signal, time, torch\n"
             "from interrupts import SAME_SIGNAL, Interrupts\n"
@@ -269,7 +318,7 @@ class TestSignals:
             "    signal.raise_signal(signal.SIGUSR1)\n"
             "    print('still here')\n"
         )
-        result = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+        result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
         assert result.returncode == -signal.SIGUSR1 and result.stdout == "True SIGTERM\n"
 
 

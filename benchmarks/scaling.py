@@ -1,0 +1,146 @@
+"""One training step by one process and by several, each on a GPU of its own: how many more images a second.
+
+    python benchmarks/scaling.py [--model deit_small_patch16_224] [--batch-size 256] [--compile] [--csv FILE]
+
+Starts the processes itself. Each trains on random images of its own that lie on its GPU, under bf16 autocast, all of
+them with batches of the same size: DDP gives each the whole model, FSDP2 a part of it (`main.py --fsdp`). Steps follow
+one another without a break, as in training. Milliseconds are the slowest process's median with 20th and 80th
+percentiles, memory is the first one's peak. After DDP's steps all processes must hold the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+from itertools import cycle
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import append_rows, environment, median_and_percentiles, timed
+from torch import multiprocessing
+from torch.distributed import TCPStore
+from torch.nn.parallel import DistributedDataParallel
+
+import distributed
+import sharding
+import timm
+from engine import TrainStep
+from quantization import Recipe
+from rank_check import RankCheck
+
+RECIPES = {"bf16": None, "TetraJet": Recipe()}
+WARM_UP = 8  # steps
+QUEUED = 0.05  # seconds of other work before the first timed step; from there on no step waits for the one before
+
+
+def measure(recipe: str, how: str, args: argparse.Namespace, device: torch.device) -> dict:
+    """All processes must call it; `how` is "alone", "DDP" or "FSDP2". Raises RanksDiffer."""
+    torch._dynamo.reset()
+    gc.collect()  # models refer to themselves in circles
+    torch.manual_seed(0)
+    model = timm.create_model(args.model, quant=RECIPES[recipe], drop_path_rate=0.1)
+    size, classes = model.patch_embed.img_size, model.num_classes
+    parallel = model
+    if how == "FSDP2":
+        sharding.shard(model, device)
+    else:
+        model.to(device)
+        if args.compile:
+            model.compile()
+    if how == "DDP":
+        device_ids = [device.index] if device.type == "cuda" else None
+        parallel = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=fused)
+    torch.manual_seed(1 + distributed.rank())
+    images = torch.randn(4, args.batch_size, 3, *size, device=device)
+    labels = torch.randint(0, classes, (4, args.batch_size), device=device)
+    batches = cycle(zip(images, labels))
+    step = TrainStep(parallel, F.cross_entropy, optimizer, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = timed(lambda: step(next(batches)), device, WARM_UP, args.steps, behind=QUEUED)
+    step.settle()
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+    RankCheck(model, optimizer, every=1).after_step()
+    median, low, high = max(distributed.gather(median_and_percentiles(times)))
+    speed = 1000 * args.batch_size * distributed.world_size() / median
+    return {
+        **{"model": args.model, "batch": args.batch_size, "recipe": recipe, "how": how},
+        **{"compiled": args.compile, "processes": distributed.world_size()},
+        **{"ms": round(median, 2), "ms_20": round(low, 2), "ms_80": round(high, 2)},
+        **{"img_per_s": round(speed), "peak_gib": round(peak, 2)},
+    }
+
+
+def work(rank: int, processes: int, port: int, args: argparse.Namespace, results: multiprocessing.SimpleQueue) -> None:
+    """What each process does; the first one puts a dict into `results` for every measurement."""
+    if processes > 1:
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes}
+        there |= {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": True}
+        os.environ |= {name: str(value) for name, value in (there | {"TORCHELASTIC_RESTART_COUNT": 0}).items()}
+    device = distributed.start(args.device)
+    ways = ["alone"] if processes == 1 else ["DDP"] if args.compile else ["DDP", "FSDP2"]
+    for how in ways:
+        for recipe in RECIPES:
+            row = measure(recipe, how, args, device)
+            if distributed.is_main():
+                results.put(environment(device) | row)
+    distributed.stop()
+
+
+def rows(processes: int, args: argparse.Namespace) -> list[dict]:
+    """Raises an exception with the first failed process's traceback."""
+    # As torchrun does: the store is here, so that no other program can take its port before the processes come.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    results = multiprocessing.get_context("spawn").SimpleQueue()
+    multiprocessing.spawn(work, (processes, store.port, args, results), nprocs=processes)
+    found = []
+    while not results.empty():
+        found.append(results.get())
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deit_small_patch16_224", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=256, help="images a step and process (default: 256)")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps (default: 30)")
+    parser.add_argument("--processes", type=int, help="default: as many as there are GPUs; two on a CPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model; without FSDP2")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
+    parser.add_argument("--csv", type=Path, help="append one row a measurement to this file")
+    args = parser.parse_args(argv)
+    present = torch.cuda.device_count()
+    wanted = args.processes or (present if args.device == "cuda" else 2)
+    if wanted < 2 or args.device == "cuda" and wanted > present:
+        print(
+            f"scaling.py: error: several processes need a GPU each, PyTorch finds {present}; --device cpu needs none",
+            file=sys.stderr,
+        )
+        return 2
+    alone: dict[str, float] = {}
+    for processes in (1, wanted):
+        for row in rows(processes, args):
+            if not alone:
+                print(", ".join(f"{key} {row[key]}" for key in ("gpu", "torch", "triton", "timm", "commit")), end="")
+                print(f"; {args.model}, batch {args.batch_size} each{', compiled' if args.compile else ''}\n")
+                print("| recipe | processes | ms a step (20 %, 80 %) | img/s | / one process | peak GiB |")
+                print("| --- | --- | --- | --- | --- | --- |")
+            ratio = row["img_per_s"] / alone.setdefault(row["recipe"], row["img_per_s"])
+            print(
+                f"| {row['recipe']} | {processes}{'' if processes == 1 else ', ' + row['how']} "
+                f"| {row['ms']:.1f} ({row['ms_20']:.1f}, {row['ms_80']:.1f}) | {row['img_per_s']:,} | {ratio:.2f} "
+                f"| {row['peak_gib']:.1f} |",
+                flush=True,
+            )
+            if args.csv:
+                append_rows(args.csv, [row | {"ratio": round(ratio, 3)}])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

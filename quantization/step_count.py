@@ -1,0 +1,46 @@
+"""Optimizer steps that may have been skipped: the device knows at once, the host learns of it later."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Flag:
+    """A scalar of 0 or 1 on the device, which the host can read without waiting for what the device is given next."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._on_host, self._known = flag.to("cpu", non_blocking=True), None
+        if flag.is_cuda:
+            self._known = torch.cuda.Event()
+            self._known.record()
+
+    def __bool__(self) -> bool:
+        if self._known is not None:
+            self._known.synchronize()
+        return bool(self._on_host)
+
+
+class StepCount:
+    """Counts the optimizer steps that were not skipped. The newest one is looked at when the count is asked for."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        if self._newest is not None:
+            self._step += not self._newest
+            self._newest = None
+        return self._step
+
+    @step.setter
+    def step(self, done: int) -> None:
+        self._step, self._newest = done, None
+
+    def count(self, skip: Tensor | None) -> None:
+        """One more step, unless `skip`, a scalar on the device, is 1."""
+        done = self.step
+        self.step = done + (skip is None)
+        self._newest = None if skip is None else Flag(skip)

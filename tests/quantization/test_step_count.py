@@ -1,0 +1,86 @@
+"""Dampen, Freeze and OsciReset where steps are skipped: as if those had not been, and without making the host wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantization import Dampen, Freeze, OsciReset, Recipe, swap_linears
+
+STEPS = 24
+ANSWERS: dict[str, Callable] = {
+    "dampen": lambda model: Dampen(model, STEPS, 0.1),
+    "freeze": lambda model: Freeze(model, STEPS, 0.1, momentum=0.05),
+    "osci-reset": lambda model: OsciReset(model, STEPS, start=0.2, interval=5, threshold=2.0),
+    "osci-reset with pauses": lambda model: with_pauses(OsciReset(model, STEPS, 0.2, interval=5, threshold=2.0)),
+}
+
+
+def with_pauses(answer: OsciReset) -> OsciReset:
+    answer.window = 3
+    return answer
+
+
+def make(device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    return swap_linears(nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 8)).to(device), Recipe(), ("0", "1"))
+
+
+@torch.no_grad()
+def move(model: nn.Module, number: int, device: torch.device) -> None:
+    """As an optimizer with noise would."""
+    generator = torch.Generator(device).manual_seed(number)
+    for p in model.parameters():
+        p += 2e-3 * torch.randn(p.shape, generator=generator, device=device)
+
+
+def flat(part: object) -> list[Tensor]:
+    """All numbers of a nest of dicts and lists."""
+    if isinstance(part, (dict, list)):
+        return [t for item in (part.values() if isinstance(part, dict) else part) for t in flat(item)]
+    return [part if isinstance(part, Tensor) else torch.tensor(-1 if part is None else part)]
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("looking", [False, True])
+def test_a_skipped_step_leaves_no_trace(name, looking, device, assert_same_bits):
+    """Every step of the run is once preceded by skipped ones; whether someone looks in between makes no difference."""
+    plain, model = make(device), make(device)
+    answer, other = ANSWERS[name](plain), ANSWERS[name](model)
+    for number in range(STEPS):
+        for _ in range(number % 3):
+            other.update(torch.ones((), device=device))
+            if looking:
+                assert other.step == number
+                flat(other.state_dict())
+        for answering, of, skip in ((answer, plain, None), (other, model, torch.zeros((), device=device))):
+            move(of, number, device)
+            answering.update(skip)
+        if looking:
+            assert other.step == number + 1 and other.numbers() == answer.numbers()
+    assert other.numbers() == answer.numbers() and all(value > 0 for value in answer.numbers().values())
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        assert_same_bits(b, a)
+    for a, b in zip(flat(other.state_dict()), flat(answer.state_dict()), strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_host_does_not_wait(name, device, host_must_not_wait):
+    """Not even for the decision, which is still to come when a step's update returns."""
+    for warm_up in (True, False):  # kernels are loaded at their first launch, and memory is allocated
+        model = make(device)
+        answer = ANSWERS[name](model)
+        for number in range(STEPS):
+            move(model, number, device)
+            skip = torch.zeros((), device=device)
+            if warm_up:
+                answer.update(skip)
+                continue
+            with host_must_not_wait():  # which begins when the device is idle
+                torch.cuda._sleep(100_000_000)  # clock cycles
+                answer.update(skip)
+                assert not torch.cuda.current_stream().query()
