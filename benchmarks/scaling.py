@@ -85,7 +85,7 @@ def work(rank: int, processes: int, port: int, args: argparse.Namespace, results
     device = distributed.start(args.device)
     ways = ["alone"] if processes == 1 else ["DDP"] if args.compile else ["DDP", "FSDP2"]
     for how in ways:
-        for recipe in RECIPES:
+        for recipe in args.recipes:
             row = measure(recipe, how, args, device)
             if distributed.is_main():
                 results.put(environment(device) | row)
@@ -110,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=256, help="images a step and process (default: 256)")
     parser.add_argument("--steps", type=int, default=30, help="timed steps (default: 30)")
     parser.add_argument("--processes", type=int, help="default: as many as there are GPUs; two on a CPU")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, help="default: all")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model; without FSDP2")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
     parser.add_argument("--csv", type=Path, help="append one row a measurement to this file")

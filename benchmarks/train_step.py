@@ -6,15 +6,19 @@ A step is forward, backward and the optimizer's update on random images, fresh o
 GPU. Milliseconds are medians with 20th and 80th percentiles; memory is the peak of the allocator. Before timing, the
 kernels are compared with the reference bit for bit and FP8 products with bf16's, and one step of every eager variant
 runs with any wait for the host an error.
+
+Compiling takes most of the time. With `--lock FILE`, several of these processes compile at once and time their steps
+one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gc
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -102,6 +106,17 @@ def by_reference(active: bool):
         linear.backend_for = kernels
 
 
+@contextmanager
+def turn(lock: Path | None) -> Iterator[None]:
+    """No other process that holds `lock` is within."""
+    if lock is None:
+        yield
+        return
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def training_step(model: nn.Module, batch_size: int, variant: Variant, device: torch.device) -> Callable[[], None]:
     """One step on the next of four batches. Q-Ramping gets periods of 1 to 3, as after a detection."""
     options = {"lr": 1e-4, "weight_decay": 0.05}
@@ -128,7 +143,9 @@ def training_step(model: nn.Module, batch_size: int, variant: Variant, device: t
     return step
 
 
-def measure(name: str, batch_size: int, variant: Variant, device: torch.device, steps: int) -> tuple[list, float]:
+def measure(
+    name: str, batch_size: int, variant: Variant, device: torch.device, steps: int, lock: Path | None
+) -> tuple[list, float]:
     """Milliseconds of the timed steps, and the peak of allocated memory in GiB."""
     torch._dynamo.reset()
     gc.collect()  # models refer to themselves in circles
@@ -143,16 +160,17 @@ def measure(name: str, batch_size: int, variant: Variant, device: torch.device, 
         if device.type == "cuda":  # from here on: recording a graph takes memory once, replaying it none
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(min(steps, 8)):
-            step()
-        if device.type != "cuda":
-            return timed(step, device, 0, steps), float("nan")
-        torch.cuda.synchronize()
-        if not variant.compiled:
-            torch.cuda.set_sync_debug_mode("error")
-            step()
-            torch.cuda.set_sync_debug_mode("default")
-        return timed(step, device, 0, steps), torch.cuda.max_memory_allocated() / 2**30
+        with turn(lock):
+            for _ in range(min(steps, 8)):
+                step()
+            if device.type != "cuda":
+                return timed(step, device, 0, steps), float("nan")
+            torch.cuda.synchronize()
+            if not variant.compiled:
+                torch.cuda.set_sync_debug_mode("error")
+                step()
+                torch.cuda.set_sync_debug_mode("default")
+            return timed(step, device, 0, steps), torch.cuda.max_memory_allocated() / 2**30
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -162,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=40, help="timed steps (default: 40)")
     parser.add_argument("--batch-size", type=int, help="instead of each model's own")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
+    parser.add_argument("--lock", type=Path, metavar="FILE", help="time steps only while no other process has the lock")
     parser.add_argument("--csv", type=Path, help="append one row a measurement to this file")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -178,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.models:
         batch_size, baseline = args.batch_size or MODELS.get(name, 128), None
         for title in sorted(args.variants, key=lambda title: title != BASELINE):
-            times, peak = measure(name, batch_size, VARIANTS[title], device, args.steps)
+            times, peak = measure(name, batch_size, VARIANTS[title], device, args.steps, args.lock)
             median, low, high = median_and_percentiles(times)
             baseline = median if title == BASELINE else baseline
             ratio = f"{median / baseline:.2f}" if baseline else ""
