@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .linear import quant_linears
 from .shards import local
+from .step_count import count_steps
 
 
 class QEma:
@@ -42,8 +43,7 @@ class QEma:
         else:
             for average, master, weight in zip(averages, masters, weights):
                 lerp_unless(skip, [average], [master], weight)
-        done = 1 if skip is None else (1 - skip).long()
-        torch._foreach_add_([layer.ema_updates for layer in self.layers], done)
+        count_steps([layer.ema_updates for layer in self.layers], skip)
 
 
 def lerp_unless(skip: Tensor | None, averages: list[Tensor], targets: list[Tensor], weight: float) -> None:

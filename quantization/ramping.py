@@ -20,6 +20,7 @@ from .oscillation import PathLengths
 from .q_ema import plain_rounding
 from .shards import local, sharded_like
 from .snapshot import rewound
+from .step_count import count_steps
 
 if HAS_TRITON:
     from . import adamw_kernel as _kernel
@@ -153,7 +154,7 @@ class RampingAdamW(torch.optim.Optimizer):
         if not found:
             return iter(())
         steps = [self.state[p]["step"] for p, _ in found]
-        torch._foreach_add_(steps, 1 if skip is None else 1 - skip)
+        count_steps(steps, skip)
         constants = [(group["lr"], *group["betas"]) for _, group in found]
         if not steps[0].is_cuda:
             numbers = zip(map(float, steps), constants)

@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 
+def count_steps(counters: list[Tensor], skip: Tensor | None) -> None:
+    """Add one to every counter, in place, unless `skip`, a scalar of 0 or 1 beside them, is 1."""
+    if skip is None:
+        torch._foreach_add_(counters, 1)
+    else:  # as a list: one tensor would be taken for a number, and read by the host
+        torch._foreach_add_(counters, [(1 - skip).to(counters[0].dtype)] * len(counters))
+
+
 class Flag:
     """A scalar of 0 or 1 on the device, which the host can read without waiting for what the device is given next."""
 

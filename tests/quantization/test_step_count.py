@@ -1,4 +1,4 @@
-"""Dampen, Freeze and OsciReset where steps are skipped: as if those had not been, and without making the host wait."""
+"""What acts after steps that may have been skipped: as if those had not been, and without making the host wait."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantization import Dampen, Freeze, OsciReset, Recipe, swap_linears
+from quantization import Dampen, Freeze, OsciReset, QEma, RampingAdamW, Recipe, swap_linears
+from quantization.step_count import count_steps
 
 STEPS = 24
 ANSWERS: dict[str, Callable] = {
@@ -24,9 +26,18 @@ def with_pauses(answer: OsciReset) -> OsciReset:
     return answer
 
 
-def make(device: torch.device) -> nn.Module:
+class NoReading(TorchDispatchMode):
+    """A number that the host reads from a tensor is an error, on a CPU, too."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "the host reads a number"
+        return function(*args, **(kwargs or {}))
+
+
+def make(device: torch.device, recipe: Recipe | None = None) -> nn.Module:
     torch.manual_seed(0)
-    return swap_linears(nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 8)).to(device), Recipe(), ("0", "1"))
+    model = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 8)).to(device)
+    return swap_linears(model, recipe or Recipe(), ("0", "1"))
 
 
 @torch.no_grad()
@@ -84,3 +95,35 @@ def test_the_host_does_not_wait(name, device, host_must_not_wait):
                 torch.cuda._sleep(100_000_000)  # clock cycles
                 answer.update(skip)
                 assert not torch.cuda.current_stream().query()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_counters_count_what_was_not_skipped(dtype, device):
+    counters = [torch.zeros((), dtype=dtype, device=device) for _ in range(3)]
+    with NoReading():
+        for skip in (None, torch.ones((), device=device), torch.zeros((), device=device)):
+            count_steps(counters, skip)
+    assert [int(counter) for counter in counters] == [2, 2, 2]
+
+
+def test_q_ema_reads_nothing_back(device):
+    model = make(device, Recipe().with_q_ema())
+    q_ema = QEma(model)
+    with NoReading():
+        for skip in (None, torch.ones((), device=device), torch.zeros((), device=device)):
+            q_ema.update(skip)
+    assert [int(layer.ema_updates) for layer in model] == [2, 2]
+
+
+@pytest.mark.parametrize("how", ["Q-EMA", "Q-Ramping"])
+def test_an_update_does_not_wait(how, device, host_must_not_wait):
+    model = make(device, Recipe().with_q_ema())
+    optimizer, q_ema = RampingAdamW(model.parameters(), lr=1e-3), QEma(model)
+    optimizer.set_periods({layer.weight: torch.full_like(layer.weight, 2) for layer in model})
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.found_inf = skip = torch.zeros((), device=device)
+    update = optimizer.step if how == "Q-Ramping" else lambda: q_ema.update(skip)
+    update()
+    with host_must_not_wait():
+        update()
