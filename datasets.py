@@ -266,7 +266,8 @@ def build_loaders(config: DataConfig) -> Loaders:
 
     def train_loader() -> DataLoader:
         if config.repeats > 1:
-            sampler = RepeatAugSampler(train, num_repeats=config.repeats, **sampler_options)
+            whole = 256 if len(train) >= 256 else 0  # timm before 1.0.30 would select nothing of a smaller set
+            sampler = RepeatAugSampler(train, num_repeats=config.repeats, selected_round=whole, **sampler_options)
         else:
             sampler = DistributedSampler(train, **sampler_options)
         batches = EpochBatches(sampler, config.batch_size, drop_last=not config.keep_last_batch)

@@ -1,10 +1,9 @@
-"""What both benchmarks share: timing, the environment of a measurement, one CSV row a number."""
+"""What the benchmarks share: timing, one CSV row a number, and the way to the repository's modules."""
 
 from __future__ import annotations
 
 import csv
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,25 +13,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    import timm
-
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = "none"
-    return {
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "timm": timm.__version__,
-        "commit": git.stdout.strip() or "unknown",
-    }
 
 
 def timed(call: Callable[[], object], device: torch.device, warm_up: int, repeats: int, behind: float = 0.0) -> list:

@@ -15,8 +15,9 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from common import append_rows, environment, median_and_percentiles, timed
+from common import append_rows, median_and_percentiles, timed
 
+from provenance import environment
 from quantization import Quantizer, has_fp8
 from quantization.formats import Fp8
 from quantization.matmul import multiply
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         print("kernels.py: error: timing needs a GPU, PyTorch finds none", file=sys.stderr)
         return 2
     device = torch.device(args.device)
-    where = environment(device)
+    where = environment(device.type == "cuda")
     print(", ".join(f"{key} {value}" for key, value in where.items()), "\n")
     rows, copy_speed = [], None
     print("| quantizer | us (20 %, 80 %) | GB/s | of a copy |\n| --- | --- | --- | --- |")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import append_rows, environment, median_and_percentiles, timed
+from common import append_rows, median_and_percentiles, timed
 from torch import multiprocessing
 from torch.distributed import TCPStore
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +28,7 @@ import distributed
 import sharding
 import timm
 from engine import TrainStep
+from provenance import environment
 from quantization import Recipe
 from rank_check import RankCheck
 
@@ -88,7 +89,7 @@ def work(rank: int, processes: int, port: int, args: argparse.Namespace, results
         for recipe in args.recipes:
             row = measure(recipe, how, args, device)
             if distributed.is_main():
-                results.put(environment(device) | row)
+                results.put(environment(device.type == "cuda") | row)
     distributed.stop()
 
 
@@ -127,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     for processes in (1, wanted):
         for row in rows(processes, args):
             if not alone:
-                print(", ".join(f"{key} {row[key]}" for key in ("gpu", "torch", "triton", "timm", "commit")), end="")
+                print(", ".join(f"{key} {row[key]}" for key in ("device", "torch", "triton", "timm", "commit")), end="")
                 print(f"; {args.model}, batch {args.batch_size} each{', compiled' if args.compile else ''}\n")
                 print("| recipe | processes | ms a step (20 %, 80 %) | img/s | / one process | peak GiB |")
                 print("| --- | --- | --- | --- | --- | --- |")

@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 
 import torch
-from common import append_rows, environment, median_and_percentiles, timed
+from common import append_rows, median_and_percentiles, timed
 from torch.utils.data import TensorDataset
 from train_step import MODELS, Variant, training_step
 
 import timm
 from laboratory import NUM_IMAGES, WINDOW, Laboratory
+from provenance import environment
 from quantization import Recipe
 
 FAR = 10**9  # steps to the end of the epoch: no window opens
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     device = torch.device(args.device)
     batch_size = args.batch_size or MODELS.get(args.model, 128)
-    where = environment(device)
+    where = environment(device.type == "cuda")
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     print(
         f"{args.model}, batch {batch_size}{', CUDA graph' * args.graph}, {args.rounds} rounds of {args.steps} steps\n"

@@ -26,11 +26,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import append_rows, environment, median_and_percentiles, timed
+from common import append_rows, median_and_percentiles, timed
 from torch import nn
 
 import timm
 from engine import TrainStep
+from provenance import environment
 from quantization import QEma, Quantizer, RampingAdamW, Recipe, has_fp8, linear, quant_linears, reference, set_matmul
 from quantization.formats import Fp8
 from quantization.matmul import multiply
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(args.device)
     warnings.filterwarnings("ignore", message="Synchronization debug mode")
     check(device)
-    where = environment(device)
+    where = environment(device.type == "cuda")
     print(", ".join(f"{key} {value}" for key, value in where.items()), end="")
     print(f", FP8 matmuls {'on' if has_fp8(device) else 'off'}\n")
     print(f"| model, batch | variant | ms (20 %, 80 %) | img/s | peak GiB | time / {BASELINE} |")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.metadata
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -21,6 +19,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from options import parse_args
+from provenance import environment
 from reproduction.runs import Run, executable, read_log, shell, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,28 +54,6 @@ def this_machine(jobs: int | None, torchrun: bool) -> Machine:
     if jobs is None:
         jobs = 1 if torchrun and gpus else len(gpus) or min(os.cpu_count() or 1, 4)
     return Machine(gpus, jobs, environment())
-
-
-def environment() -> dict[str, str]:
-    """What a reader needs to know of where a run ran; of several GPUs, the first one's name."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True).stdout
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{name: importlib.metadata.version(name) for name in ("triton", "timm")},
-        "commit": (commit or "unknown") + (", with changes" if changed else ""),
-    }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if found:
-            return f"{os.cpu_count()} cores of {found[1]}"
-    return f"{os.cpu_count()} cores of {platform.machine()}"
 
 
 @dataclass
