@@ -44,9 +44,12 @@ def largest_magnitude(x_RL: Tensor) -> Tensor:
     bits = x_RL.to(torch.float32).view(torch.int32) & FP32_MAGNITUDE_MASK
     # Row by row first, which goes into the kernel that makes the rows.
     largest = torch.where(bits < FP32_EXPONENT_MASK, bits, 0).amax(dim=1).amax().view(1)
-    if x_RL.dtype == torch.bfloat16:
-        largest = ((largest + 0x8000) & -0x10000).clamp(max=0x7F7F0000)
-    return largest
+    return rounded_to_bf16(largest) if x_RL.dtype == torch.bfloat16 else largest
+
+
+def rounded_to_bf16(bits: Tensor) -> Tensor:
+    """Bits of finite fp32 magnitudes, int32, rounded to those of bf16: ties upwards, at most its largest number."""
+    return ((bits + 0x8000) & -0x10000).clamp(max=0x7F7F0000)
 
 
 def quantize(
@@ -185,7 +188,7 @@ def _largest_magnitude(x) -> Tensor:
 
 
 def _dequantize(codes, scales, length, element, dtype) -> Tensor:
-    return _backend(codes, dtype).dequantize(codes, scales, length, Element(element), dtype)
+    return _backend(codes, dtype).dequantize(codes, scales, length, Element(element), dtype).contiguous()
 
 
 def _groups(length: int, size: int) -> int:

@@ -1,0 +1,95 @@
+"""What a compiled graph calls: the numbers of the backend, and shapes that the compiler is told truly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from quantization import Quantizer, operators
+from quantization.formats import Fp8
+from quantization.mx import backend_for
+from quantization.reference import Packed
+
+NEAREST, STOCHASTIC = Quantizer(), Quantizer(rounding="stochastic")
+SHAPES = [(1, 1), (33, 75), (64, 96), (5, 1100)]
+
+
+def tensors(results: object) -> list[torch.Tensor]:
+    """All tensors of nested tuples, in order."""
+    if isinstance(results, torch.Tensor):
+        return [results]
+    return [t for part in results if part is not None for t in tensors(part)] if isinstance(results, tuple) else []
+
+
+def assert_alike(call, arguments: tuple, backend, assert_same_bits) -> None:
+    """`call(module, *arguments)` by the operators, by the backend, and by the compiler's idea of the operators."""
+    real, expected = (tensors(call(module, *arguments)) for module in (operators, backend))
+    with FakeTensorMode() as mode:
+        fake = tensors(call(operators, *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments)))
+    assert len(real) == len(expected) == len(fake) > 0
+    for a, b, c in zip(real, expected, fake):
+        assert_same_bits(a.float(), b.float())
+        assert (a.shape, a.dtype) == (c.shape, c.dtype) and a.is_contiguous() and c.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("fp8", [None, Fp8.E5M2])
+def test_quantize(shape, pack, fp8, randn, device, assert_same_bits):
+    x = randn(*shape).bfloat16()
+    backend, lost = backend_for(x), torch.zeros(1, dtype=torch.int64, device=device)
+
+    def call(module, x, largest, lost):
+        how = {"values_dtype": torch.bfloat16} if fp8 is None else {"fp8": fp8, "largest": largest, "lost": lost}
+        return module.quantize(x, NEAREST.element, NEAREST.scaling, NEAREST.rounding, pack=pack, **how)
+
+    assert_alike(call, (x, backend.largest_magnitude(x), lost), backend, assert_same_bits)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("which", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("fp8", [None, Fp8.E4M3])
+def test_quantize_both(shape, packed, which, fp8, randn, device, assert_same_bits):
+    x = randn(*shape).bfloat16()
+    backend, lost = backend_for(x), torch.zeros(1, dtype=torch.int64, device=device)
+    _, codes, scales, _ = backend.quantize(x, NEAREST.element, NEAREST.scaling, NEAREST.rounding)
+    keys = torch.arange(2, device=device)
+
+    def call(module, x, codes, scales, keys, largest, lost):
+        source = Packed(codes, scales, shape[1], NEAREST) if packed else x
+        how = {"dtype": torch.bfloat16} if fp8 is None else {"fp8": fp8, "largest": largest, "lost": lost}
+        quantizers = (STOCHASTIC if wanted else None for wanted in which)
+        return module.quantize_both(source, *quantizers, keys=tuple(keys.split(1)), with_sum=not packed, **how)
+
+    arguments = (x, codes, scales, keys, backend.largest_magnitude(x), lost)
+    assert_alike(call, arguments, backend, assert_same_bits)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), *SHAPES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_largest_magnitude(shape, dtype, randn, assert_same_bits):
+    x = randn(*shape).to(dtype)
+    if x.numel():
+        x[0, 0] = torch.inf
+    assert_alike(lambda module, x: module.largest_magnitude(x), (x,), backend_for(x), assert_same_bits)
+
+
+def test_the_largest_magnitude_of_what_is_yet_to_be_rounded(device):
+    """The bits of 3.999 and of 4, its bf16: floor scaling tells them apart."""
+    bits = torch.tensor([[3.999]], device=device).view(torch.int32)
+    assert operators.rounded_to_bf16(bits).view(torch.float32).item() == 4.0
+    most = torch.tensor([torch.finfo(torch.float32).max], device=device).view(torch.int32)
+    assert operators.rounded_to_bf16(most).view(torch.float32).isfinite()
+
+
+def test_dequantize(randn, assert_same_bits):
+    x = randn(33, 75)
+    backend = backend_for(x)
+    _, codes, scales, _ = backend.quantize(x, NEAREST.element, NEAREST.scaling, NEAREST.rounding)
+
+    def call(module, codes, scales):
+        return module.dequantize(codes, scales, 75, NEAREST.element, torch.float32)
+
+    assert_alike(call, (codes, scales), backend, assert_same_bits)
