@@ -1,37 +1,25 @@
 """`quantize_mx`: any floating-point tensor to packed MX codes and scales, along any axis, and back.
 
-Also the one place that chooses between the Triton kernels (CUDA) and the PyTorch reference (everywhere else).
+`backend_for` says what does the work: Triton kernels (CUDA), the PyTorch reference (elsewhere), operators (compiled).
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import operators, reference
+from . import operators
 from .formats import Element, Rounding, Scaling
 from .philox import fresh_keys
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def backend_for(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
     """`kernels` or `reference`, whose functions return the same bits, or, in a compiled graph, `operators` that call
-    one of them.
-
-    The kernels write at most fp32 values; a result in float64 comes from the reference on every device.
-    """
-    if torch.compiler.is_compiling():
-        return operators
-    if tensor.is_cuda and HAS_TRITON and dtype != torch.float64:
-        from . import kernels
-
-        return kernels
-    return reference
+    one of them."""
+    return operators if torch.compiler.is_compiling() else operators.backend(tensor, dtype)
 
 
 @dataclass(frozen=True, eq=False)

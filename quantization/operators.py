@@ -10,6 +10,7 @@ it along in the kernel that makes the tensor, if its rows are not too long.
 
 from __future__ import annotations
 
+import importlib.util
 from types import ModuleType
 
 import torch
@@ -28,6 +29,8 @@ from .formats import (
 )
 from .recipe import Quantizer
 from .reference import TORCH_FP8, Operand, Packed, Quantized
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # The compiler holds rows up to this length in registers. It goes over longer ones twice: in a DeiT-B on an H200 a GELU
 # and its maximum took 182 us that way, 154 us apart.
@@ -118,8 +121,12 @@ def _quantizer(names: list[str]) -> Quantizer | None:
     return Quantizer(True, *names) if names else None
 
 
-def _backend(tensor: Tensor, dtype: torch.dtype | None) -> ModuleType:
-    if tensor.is_cuda and dtype != torch.float64:
+def backend(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
+    """`kernels` for a tensor on a GPU, else `reference`.
+
+    The kernels write at most fp32 values; a result in float64 comes from the reference on every device.
+    """
+    if tensor.is_cuda and HAS_TRITON and dtype != torch.float64:
         from . import kernels
 
         return kernels
@@ -147,7 +154,7 @@ def _filled(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 def _quantize(x, how, key, ema, ema_active, values_dtype, fp8, largest, lost, pack) -> tuple[Tensor, ...]:
     q = _quantizer(how)
-    results = _backend(x, values_dtype).quantize(
+    results = backend(x, values_dtype).quantize(
         x,
         q.element,
         q.scaling,
@@ -168,7 +175,7 @@ def _quantize_both(
     x, scales, length, made_by, rows, columns, row_key, column_key, dtype, fp8, largest, lost, with_sum
 ) -> tuple[Tensor, ...]:
     source = x if scales is None else Packed(x, scales, length, _quantizer(made_by))
-    *operands, total = _backend(x, dtype).quantize_both(
+    *operands, total = backend(x, dtype).quantize_both(
         source,
         _quantizer(rows),
         _quantizer(columns),
@@ -184,11 +191,11 @@ def _quantize_both(
 
 
 def _largest_magnitude(x) -> Tensor:
-    return _backend(x, x.dtype).largest_magnitude(x)
+    return backend(x, x.dtype).largest_magnitude(x)
 
 
 def _dequantize(codes, scales, length, element, dtype) -> Tensor:
-    return _backend(codes, dtype).dequantize(codes, scales, length, Element(element), dtype).contiguous()
+    return backend(codes, dtype).dequantize(codes, scales, length, Element(element), dtype).contiguous()
 
 
 def _groups(length: int, size: int) -> int:

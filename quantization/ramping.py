@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .adamw import Scalars, Update
-from .mx import HAS_TRITON
+from .operators import HAS_TRITON
 from .oscillation import PathLengths
 from .q_ema import plain_rounding
 from .shards import local, sharded_like

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantization import Element, MXTensor, Rounding, Scaling, quantize_mx
-from quantization.mx import HAS_TRITON
+from quantization.operators import HAS_TRITON
 
 GROUP = 32
 GRIDS = {
