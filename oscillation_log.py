@@ -19,6 +19,7 @@ import csv
 import gzip
 import io
 import os
+import zlib
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
@@ -90,8 +91,11 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 def read(path: Path) -> list[Row]:
     """All rows, in order, of a file gzipped or not. Raises ValueError for one that is not ours, naming the line."""
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-        header, *lines = list(file) or [""]
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+            header, *lines = list(file) or [""]
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}); write it again") from error
     if header != HEADER:
         raise ValueError(f"{path} must start with {HEADER.strip()}, got {header.strip()[:80]!r}; is it an {FILE_NAME}?")
     if lines and not lines[-1].endswith("\n"):

@@ -39,10 +39,15 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """Says so if files differ from it, as they do where a checkout was copied without its history."""
+    """The checkout's, and whether its files differ from that; "unknown" without git, or where this is no checkout."""
+    if not (ROOT / ".git").exists():  # a folder around this one may be a checkout of something else
+        return "unknown"
     git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True).stdout
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True).stdout
+    except OSError:
+        return "unknown"
     return (commit or "unknown") + (", with changes" if changed else "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import statistics
 import sys
@@ -13,6 +14,23 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+def positive(text: str) -> int:
+    """For argparse: a whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def model_name(text: str) -> str:
+    """For argparse: a model that takes `quant`."""
+    import timm
+
+    if not timm.is_model(text) or not text.startswith(("deit", "vit", "swin")):
+        raise argparse.ArgumentTypeError(f"must be a DeiT, ViT or Swin of timm, got {text}")
+    return text
 
 
 def timed(call: Callable[[], object], device: torch.device, warm_up: int, repeats: int, behind: float = 0.0) -> list:

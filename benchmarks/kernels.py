@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from common import append_rows, median_and_percentiles, timed
+from common import append_rows, median_and_percentiles, positive, timed
 
 from provenance import environment
 from quantization import Quantizer, has_fp8
@@ -74,9 +74,9 @@ def matmuls(tokens: int, width: int, device: torch.device):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=128 * 197)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--tokens", type=positive, default=128 * 197)
+    parser.add_argument("--width", type=positive, default=768)
+    parser.add_argument("--repeats", type=positive, default=30)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
     parser.add_argument("--csv", type=Path, help="append one row a measurement to this file")
     args = parser.parse_args(argv)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import append_rows, median_and_percentiles, timed
+from common import append_rows, median_and_percentiles, model_name, positive, timed
 from torch import multiprocessing
 from torch.distributed import TCPStore
 from torch.nn.parallel import DistributedDataParallel
@@ -107,10 +107,12 @@ def rows(processes: int, args: argparse.Namespace) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="deit_small_patch16_224", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=256, help="images a step and process (default: 256)")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps (default: 30)")
-    parser.add_argument("--processes", type=int, help="default: as many as there are GPUs; two on a CPU")
+    parser.add_argument(
+        "--model", type=model_name, default="deit_small_patch16_224", metavar="NAME", help="default: %(default)s"
+    )
+    parser.add_argument("--batch-size", type=positive, default=256, help="images a step and process (default: 256)")
+    parser.add_argument("--steps", type=positive, default=30, help="timed steps (default: 30)")
+    parser.add_argument("--processes", type=positive, help="default: as many as there are GPUs; two on a CPU")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, help="default: all")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model; without FSDP2")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
@@ -118,7 +120,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     present = torch.cuda.device_count()
     wanted = args.processes or (present if args.device == "cuda" else 2)
-    if wanted < 2 or args.device == "cuda" and wanted > present:
+    if args.processes == 1:
+        print("scaling.py: error: --processes must be at least 2, one is always measured, got 1", file=sys.stderr)
+        return 2
+    if args.device == "cuda" and (wanted < 2 or wanted > present):
         print(
             f"scaling.py: error: several processes need a GPU each, PyTorch finds {present}; --device cpu needs none",
             file=sys.stderr,

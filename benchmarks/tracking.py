@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from common import append_rows, median_and_percentiles, timed
+from common import append_rows, median_and_percentiles, model_name, positive, timed
 from torch.utils.data import TensorDataset
 from train_step import MODELS, Variant, training_step
 
@@ -61,11 +61,13 @@ def measure(name: str, batch_size: int, graph: bool, device: torch.device, round
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="deit_small_patch16_224", metavar="NAME")
-    parser.add_argument("--batch-size", type=int, help="instead of the model's own")
+    parser.add_argument(
+        "--model", type=model_name, default="deit_small_patch16_224", metavar="NAME", help="default: %(default)s"
+    )
+    parser.add_argument("--batch-size", type=positive, help="instead of the model's own")
     parser.add_argument("--graph", action="store_true", help="forward and backward pass replayed as a CUDA graph")
-    parser.add_argument("--rounds", type=int, default=6, help="default: 6")
-    parser.add_argument("--steps", type=int, default=10, help="of each kind a round (default: 10)")
+    parser.add_argument("--rounds", type=positive, default=6, help="default: 6")
+    parser.add_argument("--steps", type=positive, default=10, help="of each kind a round (default: 10)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
     parser.add_argument("--csv", type=Path, help="append one row a kind to this file")
     args = parser.parse_args(argv)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import append_rows, median_and_percentiles, timed
+from common import append_rows, median_and_percentiles, model_name, positive, timed
 from torch import nn
 
 import timm
@@ -176,10 +176,10 @@ def measure(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
+    parser.add_argument("--models", nargs="+", type=model_name, default=list(MODELS), metavar="NAME")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
-    parser.add_argument("--steps", type=int, default=40, help="timed steps (default: 40)")
-    parser.add_argument("--batch-size", type=int, help="instead of each model's own")
+    parser.add_argument("--steps", type=positive, default=40, help="timed steps (default: 40)")
+    parser.add_argument("--batch-size", type=positive, help="instead of each model's own")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
     parser.add_argument("--lock", type=Path, metavar="FILE", help="time steps only while no other process has the lock")
     parser.add_argument("--csv", type=Path, help="append one row a measurement to this file")

@@ -1,7 +1,8 @@
 """MXFP4 training: number formats, quantizers, the linear layer, measures of oscillation and what answers it; INT4.
 
 Knows nothing of models, data sets or command lines. Imports point one way: formats -> recipe, philox -> reference,
-kernels -> mx, matmul, shards -> int4 -> linear, latent -> q_ema, oscillation -> dampen, freeze, ramping, osci_reset.
+kernels -> operators -> mx, matmul, shards, step_count -> int4 -> linear, latent -> q_ema, oscillation -> dampen,
+freeze, ramping, osci_reset.
 """
 
 from .dampen import Dampen, Reduction

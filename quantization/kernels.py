@@ -719,31 +719,21 @@ def quantize_both(
     with_sum: bool = False,
 ) -> tuple[Operand | None, Operand | None, Tensor | None]:
     """`reference.quantize_both`, bit for bit but for the order in which a column is summed up."""
-    row_operand = None if rows is None else _quantize_rows(source, rows, keys[0], dtype, fp8, largest, lost)
-    column_operand = total = None
+    row_operand = column_operand = total = None
+    if rows is not None or (with_sum and columns is None):
+        x_NC, bound = source, largest
+        if isinstance(source, Packed):  # whose rows no layer needs, hence no kernel of its own
+            x_NC = dequantize(source.codes_RB, source.scales_RG, source.length, source.quantizer.element, torch.float32)
+            bound = None if largest is None else largest_quantized(largest, source.quantizer)
+        if rows is not None:
+            how = {"values_dtype": dtype} if fp8 is None else {"fp8": fp8, "largest": bound, "lost": lost}
+            made = quantize(x_NC, rows.element, rows.scaling, rows.rounding, key=keys[0], pack=False, **how)
+            row_operand = Operand(made.values_RL, made.operand_scale)
+        if with_sum and columns is None:
+            total = x_NC.sum(dim=0, dtype=torch.float32)
     if columns is not None:
         column_operand, total = _quantize_columns(source, columns, keys[1], dtype, fp8, largest, lost, with_sum)
-    elif with_sum:
-        total = source.sum(dim=0, dtype=torch.float32)
     return row_operand, column_operand, total
-
-
-def _quantize_rows(
-    source: Tensor | Packed,
-    q: Quantizer,
-    key: Tensor | None,
-    dtype: torch.dtype | None,
-    fp8: Fp8 | None,
-    largest: Tensor | None,
-    lost: Tensor | None,
-) -> Operand:
-    x_NC = source
-    if isinstance(source, Packed):  # which no layer needs, hence no kernel of its own
-        x_NC = dequantize(source.codes_RB, source.scales_RG, source.length, source.quantizer.element, torch.float32)
-        largest = None if largest is None else largest_quantized(largest, source.quantizer)
-    options = {"values_dtype": dtype} if fp8 is None else {"fp8": fp8, "largest": largest, "lost": lost}
-    values_RL, _, _, scale = quantize(x_NC, q.element, q.scaling, q.rounding, key=key, pack=False, **options)
-    return Operand(values_RL, scale)
 
 
 def _quantize_columns(

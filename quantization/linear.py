@@ -16,9 +16,9 @@ Q4 and Q6 quantize what the forward pass used a second time (double quantization
 estimates of the straight-through gradient of the quantized forward pass: E[dX] = dY Q2(W), E[dW] = dY^T Q1(X).
 
 Every operand comes with its reduction axis last, so each matmul is `a @ b.T` of two row-major matrices; Q4 and Q6 read
-the packed codes that the forward pass kept. An E2M1 value times a power of two is exact
-in bf16 and, with one power of two taken out of the whole tensor, in FP8: multiplying such operands, accumulated in
-fp32, is multiplying the codes. `matmul.py` says which it is.
+the packed codes that the forward pass kept. An E2M1 value times a power of two is exact in bf16 and, with one power of
+two taken out of the whole tensor, in FP8: multiplying such operands, accumulated in fp32, is multiplying the codes.
+`matmul.py` says which it is.
 
 Shape suffixes: N tokens (all leading axes folded), D input channels, C output channels, B bytes of codes, G groups.
 """

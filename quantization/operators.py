@@ -148,7 +148,7 @@ _LIBRARY.define("largest_magnitude(Tensor x) -> Tensor")
 _LIBRARY.define("dequantize(Tensor codes, Tensor scales, int length, str element, ScalarType dtype) -> Tensor")
 
 
-def _filled(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def _tensors(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(0) if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
@@ -168,7 +168,7 @@ def _quantize(x, how, key, ema, ema_active, values_dtype, fp8, largest, lost, pa
         lost=lost,
         pack=pack,
     )
-    return _filled(x, *results)
+    return _tensors(x, *results)
 
 
 def _quantize_both(
@@ -187,7 +187,7 @@ def _quantize_both(
         with_sum=with_sum,
     )
     parts = [part for operand in operands for part in (operand or (None, None))]
-    return _filled(x, *parts, total)
+    return _tensors(x, *parts, total)
 
 
 def _largest_magnitude(x) -> Tensor:
@@ -198,15 +198,15 @@ def _dequantize(codes, scales, length, element, dtype) -> Tensor:
     return backend(codes, dtype).dequantize(codes, scales, length, Element(element), dtype).contiguous()
 
 
-def _groups(length: int, size: int) -> int:
-    return (length + size - 1) // size
+def _ceil_div(length: int, size: int) -> int:
+    return -(-length // size)
 
 
 def _values_like(x: Tensor, rows: int, length: int, dtype: torch.dtype | None, fp8: str | None) -> tuple[Tensor, ...]:
     """An operand and, with FP8, its scale."""
     if fp8 is None:
-        return _filled(x, None if dtype is None else x.new_empty(rows, length, dtype=dtype), None)
-    filled = _groups(length, FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE
+        return _tensors(x, None if dtype is None else x.new_empty(rows, length, dtype=dtype), None)
+    filled = _ceil_div(length, FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE
     return x.new_empty(rows, filled, dtype=TORCH_FP8[Fp8(fp8)]), x.new_empty(1, dtype=torch.float32)
 
 
@@ -214,8 +214,8 @@ def _values_like(x: Tensor, rows: int, length: int, dtype: torch.dtype | None, f
 def _fake_quantize(x, how, key, ema, ema_active, values_dtype, fp8, largest, lost, pack) -> tuple[Tensor, ...]:
     rows, length = x.shape
     values, scale = _values_like(x, rows, length, values_dtype, fp8)
-    packed = (x.new_empty(rows, _groups(length, n), dtype=torch.uint8) if pack else None for n in (2, GROUP_SIZE))
-    return _filled(x, values, *packed, scale)
+    packed = (x.new_empty(rows, _ceil_div(length, n), dtype=torch.uint8) if pack else None for n in (2, GROUP_SIZE))
+    return _tensors(x, values, *packed, scale)
 
 
 @torch.library.register_fake("mxfp4::quantize_both", lib=_LIBRARY)
@@ -226,7 +226,7 @@ def _fake_quantize_both(
     row_operand = _values_like(x, n, c, dtype, fp8) if rows else (None, None)
     column_operand = _values_like(x, c, n, dtype, fp8) if columns else (None, None)
     total = x.new_empty(c, dtype=torch.float32) if with_sum else None
-    return _filled(x, *row_operand, *column_operand, total)
+    return _tensors(x, *row_operand, *column_operand, total)
 
 
 @torch.library.register_fake("mxfp4::largest_magnitude", lib=_LIBRARY)

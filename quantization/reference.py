@@ -140,7 +140,8 @@ def quantize(
 
     values_RL = codes_RB = scales_RG = operand_scale = None
     if fp8 is not None:
-        values_RL, operand_scale = _fp8_values(code, scale_byte, element, scaling, fp8, largest, lost, length)
+        exists = (group_largest > 0) & ~broken
+        values_RL, operand_scale = _fp8_values(code, scale_byte, exists, element, scaling, fp8, largest, lost, length)
     if values_dtype is not None:
         values_RL = _values(code, scale_byte, fmt, values_dtype)[:, :length]
     if pack:
@@ -251,6 +252,7 @@ def _stochastic_code(y: Tensor, fmt: ElementFormat, draw: Tensor) -> Tensor:
 def _fp8_values(
     code: Tensor,
     scale_byte: Tensor,
+    exists: Tensor,
     element: Element,
     scaling: Scaling,
     fp8: Fp8,
@@ -258,16 +260,19 @@ def _fp8_values(
     lost: Tensor,
     length: int,
 ) -> tuple[Tensor, Tensor]:
-    """FP8 values of codes [R, G, E] and scales [R, G, 1], and the power of two, fp32 [1], that was taken out."""
+    """FP8 values of codes [R, G, E] and scales [R, G, 1], and the power of two, fp32 [1], that was taken out.
+
+    `exists` tells the groups, [R, G, 1], that count as lost if they are out of range: neither zero nor NaN.
+    """
     fmt = element.format
     bottom, top = fp8_range(fp8, fmt)
     exponent_byte = (_scale_byte(largest.view(torch.float32), fmt, scaling) - top).clamp_(min=1)
     low = scale_byte - exponent_byte < bottom
-    lost += (low & ((code & MAX_MAGNITUDE_CODE) > 0).any(dim=-1, keepdim=True)).sum()
+    lost += (low & exists).sum()
     values = _values(code, scale_byte, fmt, torch.float64).view_as(code)
     values = torch.where(low, 0 * values, values) * torch.exp2((FP32_EXPONENT_BIAS - exponent_byte).double())
     rows, filled_length = code.shape[0], -(-length // FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE
-    values_RL = values.to(torch.float32).view(rows, code[0].numel() if rows else 0)[:, :filled_length]
+    values_RL = values.to(torch.float32).view(rows, code.shape[1] * code.shape[2])[:, :filled_length]
     return values_RL.to(TORCH_FP8[fp8]).contiguous(), (exponent_byte << FP32_MANTISSA_BITS).view(torch.float32)
 
 

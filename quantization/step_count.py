@@ -18,7 +18,7 @@ class Flag:
     """A scalar of 0 or 1 on the device, which the host can read without waiting for what the device is given next."""
 
     def __init__(self, flag: Tensor) -> None:
-        self._on_host, self._known = flag.to("cpu", non_blocking=True), None
+        self._on_host, self._known = flag.to("cpu", non_blocking=True, copy=True), None
         if flag.is_cuda:
             self._known = torch.cuda.Event()
             self._known.record()

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from oscillation_log import ALL, Measure, Row, read
+from oscillation_log import ALL, Measure, Row
 from quantization.oscillation import OSCILLATION_THRESHOLD
+from reproduction.metrics import read_oscillation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,7 +151,7 @@ def _read(runs: Runs) -> Tables:
     for label, paths in runs.items():
         if not paths:
             raise ValueError(f"every label needs the oscillation.csv of at least one run, {label!r} has none")
-    return {label: [read(path) for path in paths] for label, paths in runs.items()}
+    return {label: [read_oscillation(path) for path in paths] for label, paths in runs.items()}
 
 
 def _need(tables: Tables, measure: Measure) -> list[Row]:

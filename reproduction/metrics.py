@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import oscillation_log
+from errors import UserError
 from oscillation_log import ALL, Measure
 from reproduction.runs import oscillation_file, read_log
 from reproduction.targets import Metric
@@ -29,10 +30,18 @@ def read_metric(metric: Metric, directory: Path) -> float:
     return 100 * value if metric is Metric.OSCILLATING else value
 
 
+def read_oscillation(path: Path) -> list[oscillation_log.Row]:
+    """Raises UserError for a damaged file."""
+    try:
+        return oscillation_log.read(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 @cache  # thousands of lines, of which a report asks for several numbers
 def _last_epoch(path: Path, changed: int) -> dict[Measure, float]:
     """Measures of all linears, and of the one block whose output is measured."""
-    rows = oscillation_log.read(path)
+    rows = read_oscillation(path)
     last = max(row.epoch for row in rows)
     rows = [row for row in rows if row.epoch == last and row.x is None]
     return {row.measure: row.value for row in rows if row.where == ALL or row.measure is Measure.RATE_OUTPUT}

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Reproduce tables and figures of the paper: bash scripts/reproduce.sh TARGET [--protocol smoke|small|long|imagenet] [...]
+# Reproduce tables and figures of the paper:
+#   bash scripts/reproduce.sh TARGET [--protocol smoke|small|long|imagenet] [...]
 #   TARGET     table1 .. table10, fig2 .. fig6, or all; --help lists the options
 # DATA_PATH is where small and long (Fashion-MNIST) and imagenet find their images; smoke, the default, needs none.
 set -euo pipefail

@@ -22,6 +22,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
 def test_train_step_on_a_cpu(tmp_path):
     variants = ["bf16", "TetraJet", "TetraJet, reference", "TetraJet + Q-EMA, graph", "TetraJet + Q-Ramping, graph"]
     small = ["--models", "deit_micro_patch4_32", "--batch-size", "2", "--steps", "1", "--device", "cpu"]
+    small += ["--lock", str(tmp_path / "lock")]
     result = run("train_step.py", *small, "--variants", *variants, "--csv", str(tmp_path / "new" / "step.csv"))
     assert result.returncode == 0, result.stderr
     rows = list(csv.DictReader(open(tmp_path / "new" / "step.csv")))
@@ -70,6 +71,19 @@ def test_scaling_without_two_gpus_one_line():
     result = run("scaling.py")
     wanted = r"scaling.py: error: several processes need a GPU each, PyTorch finds [01]; --device cpu needs none\n"
     assert result.returncode == 2 and re.fullmatch(wanted, result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train_step.py", ["--models", "nosuch"], "must be a DeiT, ViT or Swin of timm, got nosuch"),
+        ("tracking.py", ["--rounds", "0"], "must be at least 1, got 0"),
+        ("scaling.py", ["--device", "cpu", "--processes", "1"], "--processes must be at least 2"),
+    ],
+)
+def test_a_mistake_is_one_line(script, arguments, message):
+    result = run(script, *arguments)
+    assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

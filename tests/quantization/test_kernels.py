@@ -96,9 +96,10 @@ def test_random_fp32_bit_patterns(rounding, transposed, device, compare):
 @pytest.mark.parametrize("rounding", [Rounding.NEAREST, Rounding.STOCHASTIC])
 @pytest.mark.parametrize("fp8", list(Fp8))
 def test_fp8_values(element, scaling, rounding, fp8, randn, device, assert_same_bits):
-    """Rows far below others, an all-zero group, an Inf; a length that is no multiple of 16."""
+    """Rows far below others, an all-zero group, groups whose codes are zero, an Inf; no multiple of 16 columns."""
     x = randn(37, 75) * torch.exp2(8 * randn(37, 1))
     x[0, :32] = 0
+    x[1, :32] = torch.tensor([0x00000001], dtype=torch.int32, device=device).view(torch.float32)
     x[3, 40] = torch.inf
     key = torch.tensor([5], device=device)
     largest = reference.largest_magnitude(x)

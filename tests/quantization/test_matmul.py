@@ -115,6 +115,15 @@ def test_fp8_is_for_bf16_alone(randn, device):
         assert torch.equal(a, b)
 
 
+def test_an_empty_batch(device):
+    layer = QuantLinear(64, 32, device=device)
+    layer.matmul = "fp8"
+    with torch.autocast(device.type, torch.bfloat16):
+        y = layer(torch.zeros(0, 64, device=device, requires_grad=True))
+    y.sum().backward()
+    assert y.shape == (0, 32) and not layer.weight.grad.any()
+
+
 def test_quantizers_that_are_off_leave_their_matmul_in_bf16(randn, device):
     layer = QuantLinear(64, 32, device=device, recipe=Recipe(q3=Quantizer(enabled=False)))
     layer.matmul = "fp8"

@@ -1,4 +1,4 @@
-"""What stands in docs/results follows from the runs that are kept there."""
+"""What stands in docs/results for a protocol follows from the runs that are kept there."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def test_the_report_is_made_of_the_runs(name, tmp_path):
 
 def test_verdicts_are_the_reports():
     reported = {line for name in KEPT for line in (DOCS / "results" / name / "results.md").read_text().splitlines()}
-    claimed = [line for line in (DOCS / "results.md").read_text().splitlines() if line.endswith(("holds |", "hold |"))]
+    claimed = [line for line in (DOCS / "results.md").read_text().splitlines() if ", DeiT-" in line]
     assert claimed and set(claimed) <= reported
