@@ -57,8 +57,9 @@ _SMOKE = Setup(
     tuning=Tuning(q_ramping_detection="--q-ramping-steps 3"),
 )
 # Chosen by how well bf16 and Microscaling can be told apart, with two seeds on an H200: 1.0 points, and seeds within
-# 0.1 of their mean (three seeds on an H100: 1.0 points, 0.3 and 0.2). With Mixup and CutMix it was 1.7 points and 0.3; at twice the learning rate, too, 0.8 and 0.1; with
-# a model half as wide 1.5 and 0.5. 2,808 steps are many of Q-EMA's horizons (500).
+# 0.1 of their mean (three seeds on an H100: 1.0 points, 0.3 and 0.2). With Mixup and CutMix it was 1.7 points and 0.3;
+# at twice the learning rate, too, 0.8 and 0.1; with a model half as wide 1.5 and 0.5. 2,808 steps are many of Q-EMA's
+# horizons (500).
 _SMALL = Setup("deit_nano_patch4_32", global_batch=256, lr=4e-3, options="--smoothing 0.1 --cuda-graph")
 PROTOCOLS: dict[str, Protocol] = {
     "smoke": Protocol(
