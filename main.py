@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import sys
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -385,8 +386,13 @@ def train(
             model, optimizer, args.check_ranks, step=progress.epoch * len(loaders.train) + progress.sums.steps
         )
 
+    bad_images: deque[int] = deque(maxlen=MOST_IN_A_ROW + 1)
+    """How many of the epoch so far could not be read, after each of the last steps."""
+
     def after_step() -> None:
         """Only the laboratory takes part in a skipped step, in which nothing moves."""
+        progress.sums.bad_images += take_bad_images(loaders.train)[0]
+        bad_images.append(progress.sums.bad_images)
         if q_ema is not None:
             q_ema.update(step.skip)
         if answer is not None:
@@ -413,7 +419,6 @@ def train(
         step.settle()
         progress.sums.skipped_steps = step.skips.count
         progress.sums.lost_groups += int(take_lost_groups(device))
-        progress.sums.bad_images += take_bad_images(loaders.train)[0]
         progress.save(directory, best)
         saved = progress.epoch, progress.sums.steps
 
@@ -443,6 +448,8 @@ def train(
         named: set[str] = set()
         for epoch in range(progress.epoch, args.epochs):
             sums = progress.sums
+            bad_images.clear()
+            bad_images.append(sums.bad_images)
             # The first detection comes after T_update = one epoch of steps.
             try:
                 if ramping and epoch > 0 and sums.steps == 0:
@@ -460,6 +467,7 @@ def train(
                 sums.steps = max(0, sums.steps - MOST_IN_A_ROW)
                 sums.images = sums.steps * args.batch_size
                 step.skips.count = max(0, step.skips.count - MOST_IN_A_ROW)
+                sums.bad_images = bad_images[0]
                 save()
                 raise
             scheduler.step(epoch + 1)

@@ -13,6 +13,7 @@ from PIL import Image
 
 import datasets
 import engine
+import main as program
 from datasets import LEFT_OUT, BadImages, DataConfig, ImageFiles, build_loaders, set_epoch, take_bad_images
 from engine import evaluate
 from errors import UserError
@@ -132,3 +133,25 @@ def test_a_run_that_goes_on_within_an_epoch_counts_what_was_before(workers, fold
             assert main(command) == 130
     assert main(command) == 0
     assert [line["bad_images"] for line in map(json.loads, Path("out/log.txt").read_text().splitlines())] == [4, 4]
+
+
+def test_steps_that_will_be_repeated_do_not_count(folder, monkeypatch):
+    """A diverged run goes back ten steps, here to the beginning of an epoch, and with them over what they counted."""
+    spoil(folder, "train/dark/1.png", "train/light/0.png", "train/light/2.png")
+    build = program.build_model
+
+    def build_poisoned(*arguments):
+        model = build(*arguments)
+        model.head.register_forward_hook(lambda layer, _, output: output * float("inf") if layer.training else None)
+        return model
+
+    monkeypatch.setattr(program, "build_model", build_poisoned)
+    options = ["--data-set", "FOLDER", "--data-path", str(folder), "--batch-size", "1", "--input-size", "8"]
+    options += ["--model", "deit_micro_patch4_32", "--num-workers", "0", "--repeats", "1", "--device", "cpu"]
+    options += ["--epochs", "3", "--warmup-epochs", "0", "--output-dir", "out", "--bad-images", "skip"]
+    options += ["--mixup", "0", "--cutmix", "0"]
+    assert main(options) == 1
+    (sums,) = torch.load("out/checkpoint.pth", weights_only=True)["sums"]
+    assert sums["steps"] == sums["skipped_steps"] == sums["bad_images"] == 0
+    (first,) = map(json.loads, Path("out/log.txt").read_text().splitlines())
+    assert first["bad_images"] == 3 and first["skipped_steps"] == 6
