@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 import os
+import time
 from collections.abc import Iterable
 from datetime import timedelta
 from functools import lru_cache
@@ -10,7 +13,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.distributed.nn  # noqa: F401  DDP imports it, late: as default arguments it holds the group of that moment
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -19,6 +24,8 @@ TIMEOUT = timedelta(minutes=10)
 than what one rank does alone, writing a checkpoint for example. A rank that dies ends the job at once, by torchrun."""
 _STORE_TIMEOUT = timedelta(seconds=5)
 _FAILED = "a rank has failed"
+_LET_GO = 0.1
+"""Seconds for threads that are not joined, since DTensor's caches keep the device mesh of FSDP and so the group."""
 
 
 def start(device_type: str) -> torch.device:
@@ -35,8 +42,27 @@ def start(device_type: str) -> torch.device:
 
 
 def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group and wait for its threads; models that communicate by it should be gone.
+
+    A thread of gloo's lets go of a collective's tensors a moment after the collective has returned. Where that is while
+    Python shuts down, the process ends by SIGABRT instead of its exit code (pytorch/pytorch#190489).
+    """
+    if not dist.is_initialized():
+        return
+    group = dist.group.WORLD  # joins its threads when the last reference to it goes
+    dist.destroy_process_group()
+    gc.collect()  # DDP refers to it in cycles
+    del group
+    time.sleep(_LET_GO)
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """`model` on several processes; its buffers, averages and counters that advance alike, are not sent around."""
+    # The name of newer versions, which warn of the old one.
+    names = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, **{sync: False})
 
 
 def rank() -> int:

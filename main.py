@@ -22,7 +22,6 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
@@ -338,9 +337,7 @@ def train(
         for whole in (model,) if model_ema is None else (model, model_ema.module):
             sharding.shard(whole, device)
     elif distributed.world_size() > 1:
-        # Averages and counters advance alike on every rank, so buffers need no broadcast.
-        device_ids = [device.index] if device.type == "cuda" else None
-        parallel = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+        parallel = distributed.data_parallel(model, device)
     optimizer = build_optimizer(args, model, device)
     scheduler = CosineLRScheduler(
         optimizer, args.epochs, args.min_lr, warmup_t=args.warmup_epochs, warmup_lr_init=args.warmup_lr
@@ -598,10 +595,10 @@ def main(argv: list[str] | None = None) -> int:
         if broken_off or not distributed.first_to_report(repr(error)):
             return 1
         raise
-    if code == 0:
-        distributed.stop()  # which would wait for the other processes after a failure
-    elif distributed.first_to_report(message):
+    if code and distributed.first_to_report(message):
         print(" ".join(message.split()), file=sys.stderr, flush=True)
+    if code in (0, 1, os.EX_TEMPFAIL):  # where all processes end; after another failure it would wait for the rest
+        distributed.stop()
     return code
 
 

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from common import append_rows, median_and_percentiles, model_name, positive, timed
 from torch import multiprocessing
 from torch.distributed import TCPStore
-from torch.nn.parallel import DistributedDataParallel
 
 import distributed
 import sharding
@@ -52,8 +51,7 @@ def measure(recipe: str, how: str, args: argparse.Namespace, device: torch.devic
         if args.compile:
             model.compile()
     if how == "DDP":
-        device_ids = [device.index] if device.type == "cuda" else None
-        parallel = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+        parallel = distributed.data_parallel(model, device)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=fused)
     torch.manual_seed(1 + distributed.rank())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 import engine
 import oscillation_log
@@ -298,3 +300,38 @@ def test_a_rank_that_fails_ends_the_job(end, tmp_path, torchrun):
         assert "[rank" not in result.stderr  # no traceback of the rank whose collective broke off
     else:
         assert re.search(r"rank\s*: 1 .*\n.*exitcode\s*: -9", result.stderr)
+
+
+STOPS = """
+import os
+import torch, torch.distributed as dist
+from torch import nn
+import distributed
+
+def train():
+    parallel = distributed.data_parallel(nn.Linear(3, 2), device)
+    parallel(torch.ones(4, 3)).sum().backward()
+    parallel.itself = parallel
+    for _ in range(200):
+        dist.all_reduce(torch.ones(300), async_op=True)
+
+def threads():
+    return [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
+
+device = distributed.start("cpu")
+train()
+print(*threads())
+distributed.stop()
+print(*threads())
+"""
+
+
+def test_no_thread_of_the_process_group_outlives_it(environment):
+    """One that lets go of a tensor while Python shuts down ends the process by SIGABRT, here every other time."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    env = environment | there | {"RANK": "0", "WORLD_SIZE": "1"}
+    result = subprocess.run([sys.executable, "-c", STOPS], env=env, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    before, after = result.stdout.splitlines()
+    assert "gloo" in before and "gloo" not in after

@@ -254,35 +254,37 @@ def test_the_innermost_module_is_named_and_running_statistics_stay(batches, devi
 
 
 TWO_PROCESSES = """
-import sys, torch
+import torch
 from torch import nn
 import distributed
 from engine import TrainStep
 from errors import NonFiniteSteps
 
-device = distributed.start("cpu")
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
-bad_now = False
+def train(device):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+    bad_now = False
 
-def criterion(outputs, targets):  # NaN with gradients of 0 in one process, a finite loss in the other
-    loss = nn.functional.cross_entropy(outputs, targets)
-    return torch.where(torch.tensor(bad_now and distributed.rank() == 1), float("nan"), loss)
+    def criterion(outputs, targets):  # NaN with gradients of 0 in one process, a finite loss in the other
+        loss = nn.functional.cross_entropy(outputs, targets)
+        return torch.where(torch.tensor(bad_now and distributed.rank() == 1), float("nan"), loss)
 
-parallel = nn.parallel.DistributedDataParallel(model)
-step = TrainStep(parallel, criterion, torch.optim.AdamW(model.parameters(), lr=0.1), device)
-torch.manual_seed(distributed.rank())
-try:
-    for i in range(4 + 11):
-        bad_now = i == 2 or i >= 5
-        before = [p.clone() for p in model.parameters()]
-        step((torch.randn(4, 6), torch.arange(4) % 3))
-        same = all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-        assert same == bad_now == bool(step.skip), (i, same)
-    step.settle()
-except NonFiniteSteps as error:
-    for told in distributed.gather((step.skips.count, i, str(error), [p.tolist() for p in model.parameters()])):
-        if distributed.is_main(): print(told)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    step = TrainStep(parallel, criterion, torch.optim.AdamW(model.parameters(), lr=0.1), device)
+    torch.manual_seed(distributed.rank())
+    try:
+        for i in range(4 + 11):
+            bad_now = i == 2 or i >= 5
+            before = [p.clone() for p in model.parameters()]
+            step((torch.randn(4, 6), torch.arange(4) % 3))
+            same = all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+            assert same == bad_now == bool(step.skip), (i, same)
+        step.settle()
+    except NonFiniteSteps as error:
+        for told in distributed.gather((step.skips.count, i, str(error), [p.tolist() for p in model.parameters()])):
+            if distributed.is_main(): print(told)
+
+train(distributed.start("cpu"))
 distributed.stop()
 """
 
