@@ -52,7 +52,8 @@ case " $* " in
 esac
 source scripts/setup.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # processes share the cores with their loaders
-host="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+host="${hosts%%$'\n'*}" # by `| head -n 1` a long list would end the job: scontrol could not write the rest
 port=$((20000 + SLURM_JOB_ID % 20000))
 # A node whose torchrun ends takes the others along after half a minute: enough for all to end by themselves.
 srun --kill-on-bad-exit=0 --wait=30 bash scripts/slurm.sh --node "$host:$port" "$@" &

@@ -7,6 +7,10 @@
 # NUM_GPUS limits the GPUs. Options at the end override the script's.
 set -euo pipefail
 
+if [ $# -lt 2 ]; then
+    echo "train.sh: error: needs SIZE and VARIANT, such as small mxfp4, got $# arguments" >&2
+    exit 2
+fi
 size="$1" variant="$2"
 shift 2
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

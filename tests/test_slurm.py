@@ -92,6 +92,31 @@ def test_any_other_code_is_the_jobs_and_does_not_requeue(job, tmp_path):
     assert not (tmp_path / "scontrol-lines").exists()
 
 
+def test_the_launcher_ended_by_a_signal(job, tmp_path):
+    """torchrun's launcher tells its processes by SIGTERM, which leave a checkpoint, and ends with the shell's code."""
+    script = TRAINING.replace("SIGUSR1", "SIGTERM")
+    (tmp_path / "main.py").write_text(script)
+    command = [
+        sys.executable,
+        "scripts/launch.py",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "main.py",
+        "--code",
+        "wait",
+    ]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not all((tmp_path / f"started-{rank}").exists() for rank in range(2)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and all((tmp_path / f"told-{rank}").exists() for rank in range(2))
+    assert error.endswith("launch.py: SIGTERM has ended it and its processes\n") and "Traceback" not in error
+
+
 def test_a_job_without_output_dir_is_refused(job, tmp_path):
     process = job("--epochs", "3")
     _, error = process.communicate(timeout=60)
