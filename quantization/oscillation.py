@@ -31,21 +31,32 @@ def oscillation_ratio(weight_path: Tensor, quantized_path: Tensor) -> Tensor:
     return torch.where(weight_path > 0, quantized_path / weight_path, 0)
 
 
-class TensorPath:
-    """The way of a tensor from `start` over one position a step, all in fp32."""
+class PathLength:
+    """How long the way of a tensor's elements is, from `start` over one position a step, all in fp32."""
 
     def __init__(self, start: Tensor) -> None:
         self.last = start.detach().to(torch.float32, copy=True)
         self.length = torch.zeros_like(self.last)
         """Sum of |x_t - x_(t-1)|, element by element."""
+
+    @torch.no_grad()
+    def add(self, position: Tensor) -> None:
+        self.length += (position - self.last).abs_()
+        self.last.copy_(position)
+
+
+class TensorPath(PathLength):
+    """The same, and how fast the tensor as a whole goes that way."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__(start)
         self.steps = 0
         self._rates = torch.zeros((), device=start.device)
 
     @torch.no_grad()
     def add(self, position: Tensor) -> None:
         self._rates += rate_of_change(self.last, position)
-        self.length += (position - self.last).abs_()
-        self.last.copy_(position)
+        super().add(position)
         self.steps += 1
 
     def rate_of_change(self) -> Tensor:
@@ -73,8 +84,8 @@ class PathLengths:
     def __init__(self, model: nn.Module) -> None:
         """The present weights are where the paths start."""
         self._layers = list(quant_linears(model).values())
-        self._weights = [TensorPath(local(layer.weight)) for layer in self._layers]
-        self._quantized = [TensorPath(layer.quantized_weight()) for layer in self._layers]
+        self._weights = [PathLength(local(layer.weight)) for layer in self._layers]
+        self._quantized = [PathLength(layer.quantized_weight()) for layer in self._layers]
 
     def record(self) -> None:
         """Add the way from the weights of the last call to the present ones."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
-from enum import Enum
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from .formats import Element, Rounding, Scaling
@@ -105,10 +104,6 @@ class Recipe:
             runs = groupby(QUANTIZERS, key=lambda name: getattr(self, name).describe())
             text = ", ".join((*(f"{','.join(names)}={what}" for what, names in runs), f"double={self.double}"))
         return text if self.q_ema_beta is None else f"{text}, q_ema_beta={self.q_ema_beta}"
-
-    def to_dict(self) -> dict:
-        """Nested plain values, for checkpoints and logs."""
-        return asdict(self, dict_factory=lambda items: {k: v.value if isinstance(v, Enum) else v for k, v in items})
 
 
 def _checked(names: Iterable[str]) -> tuple[str, ...]:
