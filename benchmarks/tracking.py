@@ -74,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("tracking.py: error: timing needs a GPU, PyTorch finds none", file=sys.stderr)
         return 2
+    if args.graph and args.device == "cpu":
+        print("tracking.py: error: --graph records what a GPU does; leave it out with --device cpu", file=sys.stderr)
+        return 2
     device = torch.device(args.device)
     batch_size = args.batch_size or MODELS.get(args.model, 128)
     where = environment(device.type == "cuda")

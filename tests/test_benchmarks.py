@@ -53,6 +53,14 @@ def test_tracking_on_a_cpu(tmp_path):
     assert "A window of 30 steps costs" in result.stdout
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU records no graph")
+def test_tracking_with_a_graph():
+    small = ["--model", "deit_micro_patch4_32", "--batch-size", "64", "--rounds", "1", "--steps", "2", "--graph"]
+    result = run("tracking.py", *small)
+    assert result.returncode == 0, result.stderr
+    assert ", CUDA graph, " in result.stdout and "| outside a window |" in result.stdout
+
+
 def test_scaling_on_a_cpu(tmp_path):
     small = ["--model", "deit_micro_patch4_32", "--batch-size", "2", "--steps", "2", "--device", "cpu"]
     result = run("scaling.py", *small, "--csv", str(tmp_path / "scaling.csv"))
@@ -64,6 +72,16 @@ def test_scaling_on_a_cpu(tmp_path):
         assert float(row["ms"]) > 0
         assert float(row["ratio"]) == pytest.approx(int(row["img_per_s"]) / int(alone["img_per_s"]), abs=0.01)
     assert result.stdout.count("| TetraJet | ") == 3
+
+
+def test_scaling_of_compiled_models(tmp_path):
+    small = ["--model", "deit_nano_patch4_32", "--batch-size", "2", "--steps", "1", "--device", "cpu"]
+    file = tmp_path / "scaling.csv"
+    result = run("scaling.py", *small, "--compile", "--recipes", "TetraJet", "--csv", str(file))
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader(open(file)))
+    assert [(row["processes"], row["how"]) for row in rows] == WAYS[:2]
+    assert all(row["compiled"] == "True" and float(row["ms"]) > 0 for row in rows)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are two GPUs")
@@ -78,6 +96,7 @@ def test_scaling_without_two_gpus_one_line():
     [
         ("train_step.py", ["--models", "nosuch"], "must be a DeiT, ViT or Swin of timm, got nosuch"),
         ("tracking.py", ["--rounds", "0"], "must be at least 1, got 0"),
+        ("tracking.py", ["--device", "cpu", "--graph"], "--graph records what a GPU does; leave it out"),
         ("scaling.py", ["--device", "cpu", "--processes", "1"], "--processes must be at least 2"),
     ],
 )
