@@ -35,7 +35,7 @@ RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # DeiT's choice
 LEFT_OUT = -100  # label of a held-out image that does not count; cross_entropy's default
 CALIBRATION_ORDER = 1_000_000  # offset of Q-Ramping's shuffles, which must not repeat the training order
 
-_LIGHT = {
+SMALL_DATA = {
     "model": "deit_micro_patch4_32",
     "input_size": 32,
     "epochs": 40,
@@ -78,17 +78,19 @@ DATA_SETS = {
         num_classes=10,
         flip=0.0,
         padding=0,
-        options={**_LIGHT, "input_size": 8, "epochs": 8, "batch_size": 32, "lr": 3e-2, "num_workers": 0},
+        options={**SMALL_DATA, "input_size": 8, "epochs": 8, "batch_size": 32, "lr": 3e-2, "num_workers": 0},
     ),
-    "FASHION": DataSetInfo("Fashion-MNIST, padded to 32x32; idx files, gzipped or not", num_classes=10, options=_LIGHT),
+    "FASHION": DataSetInfo(
+        "Fashion-MNIST, padded to 32x32; idx files, gzipped or not", num_classes=10, options=SMALL_DATA
+    ),
     "FRACTAL": DataSetInfo(
         "1,000 classes of fractals of 32x32 pixels, drawn in ten seconds: nothing to download",
         needs_path=False,
         num_classes=1000,
-        options=_LIGHT,
+        options=SMALL_DATA,
     ),
-    "CIFAR10": DataSetInfo("CIFAR-10 as torchvision stores it", num_classes=10, options=_LIGHT),
-    "CIFAR100": DataSetInfo("CIFAR-100 as torchvision stores it", num_classes=100, options=_LIGHT),
+    "CIFAR10": DataSetInfo("CIFAR-10 as torchvision stores it", num_classes=10, options=SMALL_DATA),
+    "CIFAR100": DataSetInfo("CIFAR-100 as torchvision stores it", num_classes=100, options=SMALL_DATA),
     "IMNET": DataSetInfo("ImageNet-1k in train/ and val/, a folder a class", num_classes=1000),
     "FOLDER": DataSetInfo("your own images in train/ and val/, a folder a class"),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from datasets import DATA_SETS, DOWNLOADABLE, IN_FILES, RAND_AUGMENT, BadImages
+from datasets import DATA_SETS, DOWNLOADABLE, IN_FILES, RAND_AUGMENT, SMALL_DATA, BadImages
 from errors import UserError
 from oscillation_log import FILE_NAME
 from quantization import (
@@ -131,7 +131,9 @@ def build_parser() -> Parser:
         name = flag[2:].replace("-", "_")
         defaults = {"default": DEFAULTS[name] if DEFAULTS[name] is not None else "the model's own"}
         others = {f"{beginning}*": options for beginning, options in MODEL_RECIPES.items()}
-        others["DIGITS"] = DATA_SETS["DIGITS"].options
+        others["small data"] = SMALL_DATA
+        digits = DATA_SETS["DIGITS"].options.items()
+        others["DIGITS"] = {key: value for key, value in digits if SMALL_DATA.get(key) != value}
         defaults |= {where: options[name] for where, options in others.items() if name in options}
         group.add_argument(flag, type=kind, help=f"{text} ({'; '.join(f'{k}: {v}' for k, v in defaults.items())})")
 
@@ -207,7 +209,8 @@ def build_parser() -> Parser:
 
     group = parser.add_argument_group("data")
     sets = "\n".join(f"{name}: {info.description}" for name, info in DATA_SETS.items())
-    group.add_argument("--data-set", choices=DATA_SETS, default="DIGITS", help=f"default: DIGITS\n{sets}")
+    small = f"Small data below is all but {' and '.join(IN_FILES)}."
+    group.add_argument("--data-set", choices=DATA_SETS, default="DIGITS", help=f"default: DIGITS\n{sets}\n{small}")
     group.add_argument("--data-path", metavar="DIR", help="where the data set is")
     group.add_argument("--download", action="store_true", help="let torchvision fetch FASHION or CIFAR to --data-path")
     group.add_argument(
@@ -261,7 +264,7 @@ def build_parser() -> Parser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
     group.add_argument(
-        "--compile", action="store_true", help="torch.compile the model, on a GPU; the first step takes minutes"
+        "--compile", action="store_true", help="torch.compile the model, on a GPU; the first step takes a minute"
     )
     group.add_argument(
         "--checkpoint-activations",
@@ -402,6 +405,11 @@ def check_low_precision(args: argparse.Namespace) -> None:
                 f"--{given.replace('_', '-')} is about {','.join(quantizers)}, got --quantizers "
                 f"{','.join(args.quantizers)}; add one of them"
             )
+    if args.backward_operands is not None and args.quantizers is not None and not {"q4", "q6"} & set(args.quantizers):
+        raise UserError(
+            f"--backward-operands {args.backward_operands} is about q4 and q6, got --quantizers "
+            f"{','.join(args.quantizers)}; add one of them"
+        )
     needed = {"dampen_reduction": "dampen"}
     needed |= {f"osci_reset_{name}": "osci_reset" for name in ("interval", "threshold", "start")}
     for name, needs in needed.items():

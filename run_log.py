@@ -14,6 +14,7 @@ from tensorboardX import SummaryWriter
 
 import distributed
 import oscillation_log
+from errors import UserError
 from oscillation_log import Measure, Row
 
 
@@ -82,9 +83,15 @@ class RunLog:
 
 
 def _drop_epochs(path: Path, first: int) -> None:
-    """Leave the lines of the epochs before `first`, without what a run that was killed has left of a line."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < first]
+    """Leave the lines of the epochs before `first`, without what a run that was killed has left of a line.
+
+    Raises UserError if the file is no run's log.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < first]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} must be a run's log, it holds something else; move it away") from error
     if kept != lines:
         temporary = path.with_name(f".{path.name}.part")
         temporary.write_text("".join(kept), encoding="utf-8")

@@ -404,6 +404,10 @@ MISTAKES = {
         ["--quant", "mxfp4", "--quantizers", "q1,q2", "--backward-rounding", "nearest"],
         r"--backward-rounding is about q3,q4,q5,q6, got --quantizers q1,q2; add one of them",
     ),
+    "operands of nothing": (
+        ["--quant", "mxfp4", "--quantizers", "q1,q2", "--backward-operands", "direct"],
+        r"--backward-operands direct is about q4 and q6, got --quantizers q1,q2; add one of them",
+    ),
     "element of nothing": (
         ["--quant", "mxfp4", "--quantizers", "q3", "--forward-element", "e3m0"],
         r"--forward-element is about q1,q2, got --quantizers q3; add one of them",
@@ -533,6 +537,14 @@ class TestMistakes:
         fails([*TINY, "--resume", "text.pth"], "not a readable checkpoint", capsys)
         Path("cut.pth").write_bytes(Path("out/checkpoint.pth").read_bytes()[:5000])
         fails([*TINY, "--resume", "cut.pth"], "not a readable checkpoint", capsys)
+
+    def test_a_log_of_something_else_is_left_alone(self, capsys):
+        for content in ("hello\n", "[1]\n", '{"loss": 1}\n'):
+            Path("out").mkdir(exist_ok=True)
+            Path("out/log.txt").write_text(content)
+            fails([*TINY, "--output-dir", "out"], "out/log.txt must be a run's log, it holds something else", capsys)
+            assert [path.name for path in Path("out").iterdir()] == ["log.txt"]
+            assert Path("out/log.txt").read_text() == content
 
     def test_weights_that_do_not_fit(self, capsys):
         torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), "tiny.pth")
@@ -696,3 +708,17 @@ def test_checkpoint_is_written_in_one_piece(monkeypatch, capsys):
     assert main([*TINY, "--output-dir", "out"]) == 2
     assert capsys.readouterr().err.strip().endswith("main.py: error: disk full")
     assert torch.load("out/checkpoint.pth", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "needs SIZE and VARIANT, such as small mxfp4, got 0 arguments"),
+        (["huge", "mxfp4"], "SIZE must be tiny, small, base, swin_tiny or swin_small, got huge"),
+        (["small", "fp4"], "VARIANT must be mxfp4, mxfp4_q_ema or mxfp4_q_ramping, got fp4"),
+    ],
+)
+def test_a_script_called_wrongly(arguments, message):
+    script = Path(program.__file__).parent / "scripts" / "train.sh"
+    result = subprocess.run(["bash", script, *arguments], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr == f"train.sh: error: {message}\n"

@@ -90,7 +90,8 @@ def test_a_failure_is_told_the_rest_goes_on_and_only_it_runs_again(capsys):
 def test_an_interrupted_run_goes_on_where_it_was(capsys):
     """ctrl-C reaches the command alone; it stops its runs, and the next command finishes them."""
     script = (
-        "import sys\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not\n"
         "from dataclasses import replace\n"
         "from reproduction import __main__, protocols, targets\n"
         "smoke = protocols.PROTOCOLS['smoke']\n"
