@@ -17,6 +17,8 @@ import torch.distributed.nn  # noqa: F401  DDP imports it, late: as default argu
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from errors import UserError
+
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
@@ -29,11 +31,19 @@ _LET_GO = 0.1
 
 
 def start(device_type: str) -> torch.device:
-    """Join the process group that torchrun's environment describes, if any; returns this process's device."""
+    """Join the process group that torchrun's environment describes, if any; returns this process's device.
+
+    Raises UserError if there are fewer GPUs than processes on this node.
+    """
     if "RANK" not in os.environ:
         return torch.device(device_type, 0) if device_type == "cuda" else torch.device(device_type)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
+        present, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", device.index + 1))
+        if needed > present:
+            raise UserError(
+                f"--nproc-per-node must be at most the number of GPUs, {present}, got {needed}; start fewer"
+            )
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
     else:

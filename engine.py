@@ -20,6 +20,7 @@ import distributed
 from cuda_graph import CudaGraph
 from datasets import LEFT_OUT
 from divergence import MOST_IN_A_ROW, Skips, Step, report, running_statistics
+from errors import NonFiniteSteps
 from losses import DistillationLoss
 from quantization import RampingAdamW, quant_linears, weights_quantized_once
 from quantization.shards import local
@@ -85,7 +86,12 @@ class TrainStep:
             targets = mixup_target(labels, self.mixup.num_classes, 1.0, self.mixup.label_smoothing)
         statistics = [tensor.clone() for tensor in self._statistics]
         loss, logits = self._passes(images, targets)
-        self.settle()  # the device has this step's passes to work at meanwhile
+        try:
+            self.settle()  # the device has this step's passes to work at meanwhile
+        except NonFiniteSteps:
+            for tensor, old in zip(self._statistics, statistics):
+                tensor.copy_(old)
+            raise
         if self.before_update is not None:
             self.before_update()
         gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
@@ -174,13 +180,13 @@ class EpochSums:
     """Images in steps that were not skipped; over these, loss and right answers."""
     skipped_steps: int = 0
     seconds: float = 0.0
-    lost_groups: int = 0
+    lost_groups: int | Tensor = 0
     bad_images: int = 0
     extra: dict[str, float] = field(default_factory=dict)
     """Numbers for the log that were known before the first step."""
 
     def state_dict(self) -> dict:
-        return vars(self) | {"totals": self.totals.cpu()}
+        return vars(self) | {"totals": self.totals.cpu(), "lost_groups": int(self.lost_groups)}
 
 
 def train_one_epoch(

@@ -39,7 +39,7 @@ from datasets import (
     take_bad_images,
 )
 from determinism import deterministic
-from divergence import MOST_IN_A_ROW
+from divergence import MOST_IN_A_ROW, running_statistics
 from engine import EpochSums, TrainStep, autocast, evaluate, train_one_epoch
 from errors import NonFiniteSteps, RanksDiffer, Stopped, UserError
 from fingerprint import fingerprint
@@ -157,7 +157,7 @@ def build_criterion(args: argparse.Namespace, model: nn.Module, num_classes: int
 
 
 def open_output(args: argparse.Namespace) -> Path:
-    """The run's directory, made if need be. Raises UserError if it holds another run."""
+    """The run's directory, made if need be. Raises UserError if it cannot be written."""
     directory = args.output_dir
     if directory is None:
         stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
@@ -329,6 +329,10 @@ def train(
         with autocast(device):
             initialise_steps(model, next(iter(loaders.calibration))[0].to(device))
     num_parameters = sum(p.numel() for p in model.parameters())
+    if distributed.world_size() > 1 and running_statistics(model):
+        raise UserError(
+            f"--model {args.model} has batch norms, whose statistics would differ between processes; train it by one"
+        )
     share_weights(model, device)
     q_ema = QEma(model) if args.q_ema else None
     model_ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema_decay else None
@@ -383,13 +387,15 @@ def train(
             model, optimizer, args.check_ranks, step=progress.epoch * len(loaders.train) + progress.sums.steps
         )
 
-    bad_images: deque[int] = deque(maxlen=MOST_IN_A_ROW + 1)
-    """How many of the epoch so far could not be read, after each of the last steps."""
+    tallies: deque[tuple[int, int | Tensor]] = deque(maxlen=MOST_IN_A_ROW + 1)
+    """Bad images and lost groups of the epoch so far, after each of the last steps."""
 
     def after_step() -> None:
         """Only the laboratory takes part in a skipped step, in which nothing moves."""
-        progress.sums.bad_images += take_bad_images(loaders.train)[0]
-        bad_images.append(progress.sums.bad_images)
+        sums = progress.sums
+        sums.bad_images += take_bad_images(loaders.train)[0]
+        sums.lost_groups = sums.lost_groups + take_lost_groups(device)
+        tallies.append((sums.bad_images, sums.lost_groups))
         if q_ema is not None:
             q_ema.update(step.skip)
         if answer is not None:
@@ -400,7 +406,7 @@ def train(
             laboratory.after_step()
         if check is not None:
             check.after_step()
-        done = progress.sums.steps
+        done = sums.steps
         if done == num_steps and progress.epoch + 1 == args.epochs:  # too few may be left for ten in a row
             step.settle(min(num_steps, MOST_IN_A_ROW))
         if interrupts.agreed(None if done == num_steps else done):
@@ -414,8 +420,7 @@ def train(
     def save(best: bool = False) -> None:
         nonlocal saved
         step.settle()
-        progress.sums.skipped_steps = step.skips.count
-        progress.sums.lost_groups += int(take_lost_groups(device))
+        progress.sums.skipped_steps = step.skips.count if progress.sums.steps else 0  # they are an epoch's
         progress.save(directory, best)
         saved = progress.epoch, progress.sums.steps
 
@@ -445,8 +450,8 @@ def train(
         named: set[str] = set()
         for epoch in range(progress.epoch, args.epochs):
             sums = progress.sums
-            bad_images.clear()
-            bad_images.append(sums.bad_images)
+            tallies.clear()
+            tallies.append((sums.bad_images, sums.lost_groups))
             # The first detection comes after T_update = one epoch of steps.
             try:
                 if ramping and epoch > 0 and sums.steps == 0:
@@ -464,7 +469,8 @@ def train(
                 sums.steps = max(0, sums.steps - MOST_IN_A_ROW)
                 sums.images = sums.steps * args.batch_size
                 step.skips.count = max(0, step.skips.count - MOST_IN_A_ROW)
-                sums.bad_images = bad_images[0]
+                sums.bad_images, sums.lost_groups = tallies[0]
+                progress.within = {}  # which saw the bad steps as steps
                 save()
                 raise
             scheduler.step(epoch + 1)
@@ -536,7 +542,7 @@ def describe(
     how = "simulated" if args.quant == "int4" else "multiplied"
     say(f"recipe  {recipe}" + (f", {how} in {arithmetic}" if args.quant != "none" else ""))
     if args.compile and device.type == "cpu":
-        say("note    --compile is for GPUs; on a CPU it takes minutes and gains nothing")
+        say("note    --compile is for GPUs; on a CPU it gains nothing")
     if args.q_ema and args.q_ramping:
         say("note    the paper does not study Q-EMA and Q-Ramping together (C.4); detection measures plain rounding")
     say(

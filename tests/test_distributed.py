@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+import distributed
 import engine
 import oscillation_log
+from errors import UserError
 from main import build_model, main
 from options import build_recipe, parse_args
 from quantization import linear, quantize_mx
@@ -155,6 +157,7 @@ RUNS = [  # directory, arguments, what goes wrong, exit code
     ("tracked", [*TRACKED, "--q-ema", "--q-ramping", "--q-ramping-steps", "3"], {}, 0),
     ("tracked-int4", [*TRACKED, "--quant", "int4"], {}, 0),
     ("all", [*SHORT, "--q-ema", "--eval", "--fsdp", "--batch-size", "179", "--resume", "all/checkpoint.pth"], {}, 0),
+    ("statistics", [*COMMON[2:], "--model", "test_resnet", "--epochs", "1"], {}, 2),
     ("mistake", [*COMMON, "--epochs", "none"], {}, 2),
     ("bad", [*SHORT, "--check-ranks", "2"], {"perturb": "blocks.1.mlp.fc1.weight"}, 1),
 ]
@@ -177,7 +180,10 @@ def test_exit_codes_and_what_is_said_once(two):
     differ = "main.py: ranks differ: after step 4 rank 1 holds another blocks.1.mlp.fc1.weight than rank 0; resume"
     assert result.stderr.count("ranks differ") == result.stderr.count(differ) == 1
     assert result.stderr.count("main.py: error: argument --epochs: needs a whole number at least 1") == 1
-    assert not (directory / "mistake").exists()
+    assert (
+        result.stderr.count("main.py: error: --model test_resnet has batch norms, whose statistics would differ") == 1
+    )
+    assert not (directory / "mistake").exists() and not (directory / "statistics").exists()
 
 
 @pytest.mark.parametrize(
@@ -324,6 +330,14 @@ print(*threads())
 distributed.stop()
 print(*threads())
 """
+
+
+def test_more_processes_than_gpus_is_a_mistake(monkeypatch):
+    there = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "999", "LOCAL_WORLD_SIZE": "999"}
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"--nproc-per-node must be at most the number of GPUs, \d, got 999"):
+        distributed.start("cuda")
 
 
 def test_no_thread_of_the_process_group_outlives_it(environment):

@@ -15,11 +15,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import main as program
+import oscillation_log
 from divergence import MOST_IN_A_ROW, Skips, Step, first_output_that_is_not_finite
 from engine import TrainStep, train_one_epoch
 from errors import NonFiniteSteps
 from main import main, update_average
-from quantization import QEma, QuantLinear, RampingAdamW, Recipe, detect_oscillation
+from quantization import QEma, QuantLinear, RampingAdamW, Recipe, detect_oscillation, take_lost_groups
+from quantization.matmul import lost_counters
 
 NAN, INF = float("nan"), float("inf")
 Batch = tuple[Tensor, Tensor]
@@ -226,10 +228,10 @@ def test_nine_in_a_row_do_not_and_the_eleventh_step_is_not_taken(batches, device
     assert run.step.skips.count == 2 * (MOST_IN_A_ROW - 1)
     for _ in range(MOST_IN_A_ROW):
         run.step(nan_image(run, batches[1]))
-    weight = run.model.head.weight.clone()
+    before = run.state()
     with pytest.raises(NonFiniteSteps):
         run.step(batches[3])
-    assert torch.equal(run.model.head.weight, weight)
+    assert all(torch.equal(a, b) for a, b in zip(run.state(), before, strict=True))
 
 
 def test_the_row_goes_on_in_another_process(device):
@@ -356,6 +358,32 @@ def test_a_diverged_run_leaves_a_checkpoint_to_go_on_from(poisoned, capsys):
     poisoned(range(0))
     assert main([*RUN, "--resume", "auto"]) == 0
     assert json.loads(Path("out/log.txt").read_text().splitlines()[-1])["skipped_steps"] == 0
+
+
+def test_what_it_counts_and_measures_leaves_the_repeated_steps_out(poisoned, monkeypatch):
+    step, lost = TrainStep.__call__, lost_counters(torch.device("cpu")).forward
+
+    def losing_a_group(self, batch):
+        lost.add_(1)
+        return step(self, batch)
+
+    monkeypatch.setattr(TrainStep, "__call__", losing_a_group)
+    command = [*RUN, "--batch-size", "32", "--track-oscillation"]  # 44 steps
+    take_lost_groups(torch.device("cpu"))
+    poisoned(range(20, 100))
+    assert main(command) == 1
+    assert torch.load("out/checkpoint.pth", weights_only=True)["sums"][0]["lost_groups"] == 20
+    take_lost_groups(torch.device("cpu"))  # another process begins with none
+    poisoned(range(0))
+    assert main([*command, "--resume", "auto"]) == 0
+    assert json.loads(Path("out/log.txt").read_text())["lost_groups"] == 44
+    assert {row.window for row in oscillation_log.read(Path("out/oscillation.csv"))} == {24}
+
+
+def test_skipped_steps_are_counted_by_the_epoch(poisoned):
+    poisoned(range(1, 3))
+    assert main([*RUN, "--batch-size", "359", "--epochs", "3"]) == 0
+    assert [json.loads(line)["skipped_steps"] for line in Path("out/log.txt").open()] == [2, 0, 0]
 
 
 @pytest.mark.parametrize(("first", "row"), [(4, 4), (3, 5)], ids=["all of the last epoch", "more than that"])
