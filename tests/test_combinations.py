@@ -223,6 +223,26 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
     return sum(sizes)
 
 
+@pytest.mark.parametrize(("recipe", "wanted"), [(RECIPES["none"], 36), (Recipe(), 27.7)], ids=["bf16", "TetraJet"])
+def test_what_a_block_keeps_for_its_backward_pass(recipe, wanted):
+    """Bytes a token and channel, the README's numbers; what has the size of the weights falls out."""
+    block = timm.create_model("deit_small_patch16_224", quant=recipe).blocks[0]
+
+    def kept(images: int) -> int:
+        storages = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16):
+                block(torch.randn(images, 64, 384, requires_grad=True))
+        return sum(storage.nbytes() for storage in storages.values())
+
+    assert (kept(4) - kept(2)) / (2 * 64 * 384) == pytest.approx(wanted, abs=0.2)
+
+
 class TestRecomputedActivations:
     @pytest.mark.parametrize(
         "recipe",
