@@ -1,4 +1,4 @@
-"""Train or evaluate a Vision Transformer with its block linears in MXFP4: wiring, the epoch loop, exit codes."""
+"""Train or evaluate a Vision Transformer with its block linears in MXFP4: wiring and exit codes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import logging
 import os
 import random
 import sys
-from collections import deque
 from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -21,8 +19,7 @@ from timm.data import Mixup
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 import checkpoint
 import distributed
@@ -36,11 +33,10 @@ from datasets import (
     Loaders,
     build_loaders,
     set_epoch,
-    take_bad_images,
 )
 from determinism import deterministic
-from divergence import MOST_IN_A_ROW, running_statistics
-from engine import EpochSums, TrainStep, autocast, evaluate, train_one_epoch
+from divergence import running_statistics
+from engine import TrainStep, autocast, evaluate
 from errors import NonFiniteSteps, RanksDiffer, Stopped, UserError
 from fingerprint import fingerprint
 from interrupts import Interrupts
@@ -48,7 +44,6 @@ from laboratory import Laboratory
 from losses import DistillationLoss, base_criterion
 from options import SAME_ON_RESUME, build_recipe, parse_args
 from quantization import (
-    OSCILLATION_THRESHOLD,
     RECIPES,
     Dampen,
     Freeze,
@@ -58,18 +53,14 @@ from quantization import (
     QEma,
     RampingAdamW,
     Recipe,
-    detect_oscillation,
     has_fp8,
     initialise_steps,
-    lerp_unless,
     quant_linears,
     set_matmul,
-    take_lost_groups,
-    update_periods,
 )
-from quantization.shards import local
 from rank_check import RankCheck
 from run_log import RunLog, say
+from training import QRamping, Training, count_bad_images
 
 
 def build_answer(args: argparse.Namespace, model: nn.Module, total_steps: int) -> Dampen | Freeze | OsciReset | None:
@@ -182,50 +173,6 @@ def find_resume(args: argparse.Namespace) -> list[Path]:
     if present and not args.eval:
         raise UserError(f"{args.output_dir} holds a run; pass --resume auto to go on with it, or another --output-dir")
     return []
-
-
-@dataclass
-class QRamping:
-    """Detects oscillation before an epoch and sets the optimizer's periods (paper Algorithm 2)."""
-
-    model: nn.Module
-    step: TrainStep
-    loaders: Loaders
-    data: DataConfig
-    k1: float
-    k2: int
-    steps: int
-    interrupts: Interrupts
-
-    def before_epoch(self, epoch: int) -> dict[str, float]:
-        """Raises Stopped, with everything as before, if a signal asks the run to end."""
-        loader = self.loaders.calibration
-        set_epoch(loader, self.data, CALIBRATION_ORDER + epoch)
-        with tqdm(total=self.steps, desc="detect oscillation", leave=False, disable=not distributed.is_main()) as bar:
-
-            def train_step(batch) -> None:
-                nonlocal done
-                self.step(batch)
-                bar.update()
-                done += 1
-                if self.interrupts.agreed(done):
-                    raise Stopped
-
-            done = 0
-
-            self.step.place = f"the detection before epoch {epoch + 1}"
-            self.model.train()
-            ratios = detect_oscillation(self.model, self.step.optimizer, train_step, loader, self.steps)
-            self.step.settle()
-        periods = update_periods(ratios, self.k1, self.k2, max_period=len(self.loaders.train))
-        self.step.optimizer.set_periods(periods)
-        oscillating = sum((ratio > OSCILLATION_THRESHOLD).sum() for ratio in ratios.values())
-        sums = torch.stack((oscillating.double(), sum(period.double().sum() for period in periods.values())))
-        if sharding.is_sharded_model(self.model):
-            distributed.all_reduce_sum(sums)
-        total = sum(p.numel() for p in ratios)  # of all processes, also where each has a part
-        oscillating, mean_period = (sums / total).tolist()
-        return {"oscillating": 100 * oscillating, "mean_period": mean_period}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -383,145 +330,38 @@ def train(
 
     check = None
     if args.check_ranks is not None:
-        check = RankCheck(
-            model, optimizer, args.check_ranks, step=progress.epoch * len(loaders.train) + progress.sums.steps
-        )
-
-    tallies: deque[tuple[int, int | Tensor]] = deque(maxlen=MOST_IN_A_ROW + 1)
-    """Bad images and lost groups of the epoch so far, after each of the last steps."""
-
-    def after_step() -> None:
-        """Only the laboratory takes part in a skipped step, in which nothing moves."""
-        sums = progress.sums
-        sums.bad_images += take_bad_images(loaders.train)[0]
-        sums.lost_groups = sums.lost_groups + take_lost_groups(device)
-        tallies.append((sums.bad_images, sums.lost_groups))
-        if q_ema is not None:
-            q_ema.update(step.skip)
-        if answer is not None:
-            answer.update(step.skip)
-        if model_ema is not None:
-            update_average(model_ema, model, step.skip)
-        if laboratory is not None:
-            laboratory.after_step()
-        if check is not None:
-            check.after_step()
-        done = sums.steps
-        if done == num_steps and progress.epoch + 1 == args.epochs:  # too few may be left for ten in a row
-            step.settle(min(num_steps, MOST_IN_A_ROW))
-        if interrupts.agreed(None if done == num_steps else done):
-            stop()
-        due = args.save_steps and (progress.epoch * num_steps + done) % args.save_steps == 0
-        if due and not (done == num_steps and saves_epoch(progress.epoch)):
-            save()
-
-    saved = None
-
-    def save(best: bool = False) -> None:
-        nonlocal saved
-        step.settle()
-        progress.sums.skipped_steps = step.skips.count if progress.sums.steps else 0  # they are an epoch's
-        progress.save(directory, best)
-        saved = progress.epoch, progress.sums.steps
-
-    def saves_epoch(epoch: int) -> bool:
-        return (epoch + 1) % args.save_epochs == 0 or epoch + 1 == args.epochs
-
-    def stop() -> None:
-        if saved != (progress.epoch, progress.sums.steps):
-            save()
-        distributed.gather(None)  # torchrun ends all processes when the first one has ended
-        done = f"{progress.epoch} epochs and {progress.sums.steps} steps"
-        name = "a signal to another process" if interrupts.received is None else interrupts.received.name
-        raise Stopped(f"{name} after {done}; --resume auto --output-dir {directory} goes on from there")
-
-    num_steps = len(loaders.train)
+        done = progress.epoch * len(loaders.train) + progress.sums.steps
+        check = RankCheck(model, optimizer, args.check_ranks, step=done)
     directory = open_output(args)
     if laboratory is not None:
         oscillation_log.start(directory / oscillation_log.FILE_NAME, progress.epoch)
     describe(args, model, identity["recipe"], loaders, device, directory, num_parameters)
     if state is not None:
-        steps_done = f" and {progress.sums.steps} of {num_steps} steps" if progress.sums.steps else ""
+        steps = progress.sums.steps
+        steps_done = f" and {steps} of {len(loaders.train)} steps" if steps else ""
         say(f"resume  {resumed}, {progress.epoch} of {args.epochs} epochs{steps_done} done")
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     settings |= {"torch": torch.__version__, "timm": timm.__version__}
+    training = Training(
+        progress,
+        step,
+        loaders,
+        data,
+        interrupts,
+        directory,
+        epochs=args.epochs,
+        save_epochs=args.save_epochs,
+        save_steps=args.save_steps,
+        num_parameters=num_parameters,
+        q_ema=q_ema,
+        answer=answer,
+        ramping=ramping,
+        laboratory=laboratory,
+        check=check,
+    )
     with RunLog(directory, settings, progress.epoch) as log, interrupts:
-        say(TABLE_HEAD)
-        named: set[str] = set()
-        for epoch in range(progress.epoch, args.epochs):
-            sums = progress.sums
-            tallies.clear()
-            tallies.append((sums.bad_images, sums.lost_groups))
-            # The first detection comes after T_update = one epoch of steps.
-            try:
-                if ramping and epoch > 0 and sums.steps == 0:
-                    try:
-                        sums.extra = ramping.before_epoch(epoch)
-                    except Stopped:
-                        stop()
-                set_epoch(loaders.train, data, epoch, sums.steps)
-                if laboratory is not None:
-                    laboratory.before_epoch(num_steps - sums.steps)
-                numbers = {"epoch": epoch}
-                numbers |= train_one_epoch(step, loaders.train, epoch, args.epochs, after_step, sums)
-            except NonFiniteSteps:
-                # Nothing has changed since the last good step, so the run goes on, or fails again, from there.
-                sums.steps = max(0, sums.steps - MOST_IN_A_ROW)
-                sums.images = sums.steps * args.batch_size
-                step.skips.count = max(0, step.skips.count - MOST_IN_A_ROW)
-                sums.bad_images, sums.lost_groups = tallies[0]
-                progress.within = {}  # which saw the bad steps as steps
-                save()
-                raise
-            scheduler.step(epoch + 1)
-            if laboratory is not None:
-                log.oscillation(laboratory.after_epoch(epoch, (epoch + 1) * num_steps))
-            tested = evaluate(model, loaders.val, device)
-            numbers["bad_images"] = count_bad_images(loaders, named, sums.bad_images)
-            numbers |= {f"test_{name}": value for name, value in tested.items()}
-            if model_ema is not None:
-                averaged = evaluate(model_ema.module, loaders.val, device)
-                take_bad_images(loaders.val)  # counted above
-                numbers |= {f"ema_{name}": value for name, value in averaged.items()}
-            lost_groups = int(distributed.all_reduce_sum(take_lost_groups(device) + sums.lost_groups).item())
-            numbers |= {"n_parameters": num_parameters, "lost_groups": lost_groups, **sums.extra}
-            numbers |= {} if answer is None else answer.numbers()
-            is_best = tested["acc1"] > progress.best_acc1
-            progress.epoch, progress.best_acc1 = epoch + 1, max(progress.best_acc1, tested["acc1"])
-            progress.sums = EpochSums()
-            log.epoch(numbers)  # before the checkpoint: what is logged and not saved is dropped and logged again
-            if saves_epoch(epoch):
-                save(is_best)
-            elif is_best:
-                progress.save_best(directory)
-            say(table_row(numbers, args.epochs))
-            if epoch + 1 < args.epochs and interrupts.agreed():
-                stop()
+        training.run(log)
     say(f"best top-1 {progress.best_acc1:.2f} %; checkpoints and logs in {directory}")
-
-
-def count_bad_images(loaders: Loaders, named: set[str], before: int = 0) -> int:
-    """Images of all processes that could not be read since the last call; says which, but for those in `named`.
-
-    `before` is how many more this process has counted.
-    """
-    counted = [take_bad_images(loader) for loader in (loaders.train, loaders.val)]
-    total = before + sum(count for count, _ in counted)
-    gathered = distributed.gather((total, set().union(*(paths for _, paths in counted))))
-    for path in sorted(set().union(*(paths for _, paths in gathered)) - named):
-        say(f"note    {path} is not a readable image and was left out")
-        named.add(path)
-    return sum(count for count, _ in gathered)
-
-
-def update_average(model_ema: ModelEmaV3, model: nn.Module, skip: Tensor) -> None:
-    """`model_ema.update(model)`, bit for bit, except that nothing changes where `skip` is 1."""
-    averages, values = model_ema.module.state_dict(), model.state_dict()
-    floats = [name for name, average in averages.items() if average.is_floating_point()]
-    means, targets = ([local(state[name]) for name in floats] for state in (averages, values))
-    lerp_unless(skip, means, targets, 1 - model_ema.decay)
-    for name in averages.keys() - floats:
-        averages[name].copy_(torch.where(skip > 0, averages[name], values[name]))
 
 
 def describe(
@@ -551,26 +391,6 @@ def describe(
     )
     how = ", weights sharded" if args.fsdp else ""
     say(f"run     {directory} on {distributed.world_size()} x {device.type}, batch {args.batch_size} each{how}")
-
-
-TABLE_HEAD = f"{'epoch':>8} {'train loss':>11} {'test loss':>10} {'top-1 %':>8} {'top-5 %':>8} {'img/s':>8} {'lr':>8}"
-
-
-def table_row(numbers: dict[str, float], epochs: int) -> str:
-    row = f"{numbers['epoch'] + 1:>{8 - len(str(epochs)) - 1}}/{epochs} {numbers['train_loss']:>11.4f} "
-    row += f"{numbers['test_loss']:>10.4f} {numbers['test_acc1']:>8.2f} {numbers['test_acc5']:>8.2f} "
-    row += f"{numbers['img_per_s']:>8.0f} {numbers['lr']:>8.1e}"
-    if "ema_acc1" in numbers:
-        row += f"   average: {numbers['ema_acc1']:.2f} %"
-    if "oscillating" in numbers:
-        row += f"   {numbers['oscillating']:.2f} % oscillate, mean period {numbers['mean_period']:.2f}"
-    if numbers["lost_groups"]:
-        row += f"   {numbers['lost_groups']:,} groups out of FP8's range became zero"
-    if numbers["bad_images"]:
-        row += f"   {numbers['bad_images']:,} images were not readable"
-    if numbers["skipped_steps"]:
-        row += f"   {numbers['skipped_steps']:,} steps were not finite and skipped"
-    return row
 
 
 def main(argv: list[str] | None = None) -> int:

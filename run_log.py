@@ -104,6 +104,26 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+TABLE_HEAD = f"{'epoch':>8} {'train loss':>11} {'test loss':>10} {'top-1 %':>8} {'top-5 %':>8} {'img/s':>8} {'lr':>8}"
+
+
+def table_row(numbers: dict[str, float], epochs: int) -> str:
+    row = f"{numbers['epoch'] + 1:>{8 - len(str(epochs)) - 1}}/{epochs} {numbers['train_loss']:>11.4f} "
+    row += f"{numbers['test_loss']:>10.4f} {numbers['test_acc1']:>8.2f} {numbers['test_acc5']:>8.2f} "
+    row += f"{numbers['img_per_s']:>8.0f} {numbers['lr']:>8.1e}"
+    if "ema_acc1" in numbers:
+        row += f"   average: {numbers['ema_acc1']:.2f} %"
+    if "oscillating" in numbers:
+        row += f"   {numbers['oscillating']:.2f} % oscillate, mean period {numbers['mean_period']:.2f}"
+    if numbers["lost_groups"]:
+        row += f"   {numbers['lost_groups']:,} groups out of FP8's range became zero"
+    if numbers["bad_images"]:
+        row += f"   {numbers['bad_images']:,} images were not readable"
+    if numbers["skipped_steps"]:
+        row += f"   {numbers['skipped_steps']:,} steps were not finite and skipped"
+    return row
+
+
 def _dllogger(path: Path):
     """log(step, data), by NVIDIA's dllogger where it is installed, else into the same format.
 

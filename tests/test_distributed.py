@@ -37,7 +37,7 @@ STUDENT += ["--distillation-type", "soft", "--teacher-path", "teacher.pth", "--t
 SCRIPT = """
 import hashlib, json, os, signal, sys
 from pathlib import Path
-import checkpoint, datasets, distributed, engine, main, rank_check, quantization.linear, timm
+import checkpoint, datasets, distributed, engine, main, rank_check, quantization.linear, timm, training
 from errors import UserError
 from quantization.shards import is_sharded
 
@@ -46,7 +46,7 @@ quantization.linear.Q_EMA_START = 1
 start, stop, device = distributed.start, distributed.stop, []
 distributed.start = lambda kind: device[0] if device else device.append(start(kind)) or device[0]
 distributed.stop = lambda: None
-after_step, call, train = rank_check.RankCheck.after_step, engine.TrainStep.__call__, main.train_one_epoch
+after_step, call, train = rank_check.RankCheck.after_step, engine.TrainStep.__call__, training.train_one_epoch
 steps, digits, save = 0, datasets._IN_MEMORY["DIGITS"], checkpoint.Run.save
 swin, create_swin = timm.models.swin_transformer, timm.models.swin_transformer._create_swin_transformer
 
@@ -90,7 +90,7 @@ def interrupted(step, loader, epoch, *rest):
 
 datasets._IN_MEMORY["DIGITS"] = one_image_less  # so that rank 0 has 180 images to evaluate, rank 1 has 179
 swin._create_swin_transformer, checkpoint.Run.save = small_swin, hashed
-rank_check.RankCheck.after_step, engine.TrainStep.__call__, main.train_one_epoch = perturbed, stopped, interrupted
+rank_check.RankCheck.after_step, engine.TrainStep.__call__, training.train_one_epoch = perturbed, stopped, interrupted
 for arguments, more in json.loads(Path("runs.json").read_text()):
     code = main.main(arguments)
     with open(f"codes-{os.environ['RANK']}", "a") as file:

@@ -19,9 +19,10 @@ import oscillation_log
 from divergence import MOST_IN_A_ROW, Skips, Step, first_output_that_is_not_finite
 from engine import TrainStep, train_one_epoch
 from errors import NonFiniteSteps
-from main import main, update_average
+from main import main
 from quantization import QEma, QuantLinear, RampingAdamW, Recipe, detect_oscillation, take_lost_groups
 from quantization.matmul import lost_counters
+from training import update_average
 
 NAN, INF = float("nan"), float("inf")
 Batch = tuple[Tensor, Tensor]

@@ -21,9 +21,11 @@ import laboratory
 import main as program
 import oscillation_log
 import timm
-from main import main, table_row
+import training
+from main import main
 from options import build_parser, build_recipe, parse_args
 from quantization import RECIPES, Quantizer, Recipe
+from run_log import table_row
 
 TABLE_5 = list(product(("stochastic", "nearest"), ("double", "direct"), ("truncation_free", "floor")))
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -106,12 +108,12 @@ class TestTraining:
         assert main([*arguments, "--output-dir", "whole"]) == 0
         # The same run, stopped after its first epoch by an interrupt in the second.
         script = (
-            "import sys, main, engine\n"
-            "train = main.train_one_epoch\n"
+            "import sys, main, training\n"
+            "train = training.train_one_epoch\n"
             "def stop(step, loader, epoch, *rest):\n"
             "    if epoch == 1: raise KeyboardInterrupt\n"
             "    return train(step, loader, epoch, *rest)\n"
-            "main.train_one_epoch = stop\n"
+            "training.train_one_epoch = stop\n"
             "sys.exit(main.main(sys.argv[1:]))\n"
         )
         command = [sys.executable, "-c", script, *arguments, "--output-dir", "parts"]
@@ -240,16 +242,16 @@ class TestTrackOscillation:
 
     def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(self, tracked, monkeypatch, capsys):
         options = [*TRACKED, "--track-oscillation", "--output-dir", "parts"]
-        train = program.train_one_epoch
+        train = training.train_one_epoch
 
         def killed_in_the_second(step, loader, epoch, *rest):
             if epoch == 1:
                 raise KeyboardInterrupt
             return train(step, loader, epoch, *rest)
 
-        monkeypatch.setattr(program, "train_one_epoch", killed_in_the_second)
+        monkeypatch.setattr(training, "train_one_epoch", killed_in_the_second)
         assert main(options) == 130
-        monkeypatch.setattr(program, "train_one_epoch", train)
+        monkeypatch.setattr(training, "train_one_epoch", train)
         whole, parts = (tracked / "oscillation.csv").read_text(), Path("parts/oscillation.csv")
         first = parts.read_text()
         assert whole.startswith(first) and first.count("\n") > 100

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import main as main_module
 import timm
+import training
 from main import main
 from quantization import RECIPES, Quantizer, Recipe, quant_linears, quantize_mx
 
@@ -96,7 +96,7 @@ class TestRuns:
         arguments = [*self.ARGUMENTS, *self.ALL, "--model-ema-decay", "0.9"]
         assert main([*arguments, "--output-dir", "whole"]) == 0
         assert "17 linears in mxfp4" in capsys.readouterr().out
-        train = main_module.train_one_epoch
+        train = training.train_one_epoch
 
         def interrupted(step, loader, epoch, *rest):
             if epoch == 1:
@@ -104,7 +104,7 @@ class TestRuns:
             return train(step, loader, epoch, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(main_module, "train_one_epoch", interrupted)
+            patch.setattr(training, "train_one_epoch", interrupted)
             assert main([*arguments, "--output-dir", "parts"]) == 130
         assert main([*arguments, "--output-dir", "parts", "--resume", "auto"]) == 0
         whole, parts = (torch.load(f"{d}/checkpoint.pth", weights_only=True) for d in ("whole", "parts"))
