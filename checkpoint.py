@@ -17,7 +17,7 @@ import sharding
 from engine import EpochSums
 from errors import UserError
 from quantization.snapshot import rng_state, set_rng_state
-from run_log import say
+from run_log import LOG, say
 
 FORMAT = "tetrajet-checkpoint"
 VERSION = 2
@@ -135,13 +135,13 @@ def write(state: dict, path: Path, keep: int = 1) -> None:
             raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}; is the disk full?") from error
         raise
     if keep > 1 and zipfile.is_zipfile(path):  # what was cut short is not worth a place
-        for number in range(keep - 1, 1, -1):
-            if (earlier := _earlier(path, number - 1)).is_file():
-                os.replace(earlier, _earlier(path, number))
+        for number, earlier in reversed(_all_earlier(path.parent)):
+            if number < keep - 1:
+                os.replace(earlier, _earlier(path, number + 1))
         os.replace(path, _earlier(path, 1))
     os.replace(temporary, path)
     if path.name == LAST:
-        for extra in _all_earlier(path.parent)[keep - 1 :]:
+        for _, extra in _all_earlier(path.parent)[keep - 1 :]:
             extra.unlink()
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -152,16 +152,23 @@ def write(state: dict, path: Path, keep: int = 1) -> None:
 
 def find_all(directory: Path) -> list[Path]:
     """The last checkpoint of a run and those before it, the newest first."""
-    return [path for path in (directory / LAST, *_all_earlier(directory)) if path.is_file()]
+    earlier = (path for _, path in _all_earlier(directory))
+    return [path for path in (directory / LAST, *earlier) if path.is_file()]
+
+
+def holds_a_run(directory: Path) -> bool:
+    """Whether a new run in `directory` would overwrite one, be it without a checkpoint to go on from."""
+    log = directory / LOG
+    return bool(find_all(directory)) or (directory / BEST).is_file() or log.is_file() and log.stat().st_size > 0
 
 
 def _earlier(path: Path, number: int) -> Path:
     return path.with_name(f"earlier_{path.stem}_{number}{path.suffix}")
 
 
-def _all_earlier(directory: Path) -> list[Path]:
-    found = [(int(match[1]), path) for path in directory.glob("*.pth") if (match := EARLIER.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+def _all_earlier(directory: Path) -> list[tuple[int, Path]]:
+    """By number, the newest first."""
+    return sorted((int(match[1]), p) for p in directory.glob("*.pth") if (match := EARLIER.fullmatch(p.name)))
 
 
 def load_newest(paths: list[Path], identity: dict) -> tuple[Path, dict]:
@@ -206,8 +213,8 @@ def load(path: Path, identity: dict) -> dict:
 def load_weights(model: nn.Module, path: Path, option: str = "--finetune", new_head: bool = True) -> None:
     """Start from the weights in `path`: ours, Facebook's DeiT checkpoints, or a bare state_dict.
 
-    With `new_head`, a head for another number of classes keeps its random values. Raises UserError, which names
-    `option`, if anything else does not fit.
+    With `new_head`, a head for another number of classes keeps its random values, with a note. Raises UserError, which
+    names `option`, if anything else does not fit.
     """
     state = _read(path)
     weights = state.get("model", state)
@@ -222,7 +229,7 @@ def load_weights(model: nn.Module, path: Path, option: str = "--finetune", new_h
         if not (new_head and name.startswith("head") and name in own and own[name].shape != value.shape)
         and not (name.endswith((".weight_ema", ".ema_updates", ".input_step", ".weight_step")) and name not in own)
     }
-    kept = {name for name in own if name.startswith("head") and name not in weights}
+    kept = {name for name in own if new_head and name.startswith("head") and name not in weights}
     try:
         missing = set(model.load_state_dict(weights, strict=False).missing_keys) - kept
         unexpected = sorted(weights.keys() - own.keys())
@@ -231,6 +238,8 @@ def load_weights(model: nn.Module, path: Path, option: str = "--finetune", new_h
     if missing or unexpected:
         what = f"it lacks {sorted(missing)[0]}" if missing else f"it has {unexpected[0]}, which the model lacks"
         raise UserError(f"{option} {path} does not fit the model: {what}; choose the model that it was made for")
+    if kept:
+        say(f"note    {path} has no head for these classes; the model's begins at random")
 
 
 def _read(path: Path, whole: bool = False) -> dict:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
@@ -29,11 +29,21 @@ from epoch_order import EpochBatches, PlannedBatches
 from errors import UserError
 from fractals import fractal_images
 from interrupts import leave_to_parent
+from quantization.snapshot import rng_state, set_rng_state
 
 SMALL_IMAGE = 32  # up to this input size an image is cropped by a few pixels, not resized at random
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # DeiT's choice
 LEFT_OUT = -100  # label of a held-out image that does not count; cross_entropy's default
 CALIBRATION_ORDER = 1_000_000  # offset of Q-Ramping's shuffles, which must not repeat the training order
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **unused: object) -> Image.Image:
+    """timm's, with black for no bits at all, as of old: newer releases of Pillow refuse them."""
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+
+
+for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):  # the default --aa draws 0 bits now and then
+    auto_augment.NAME_TO_OP[_name] = _posterize
 
 SMALL_DATA = {
     "model": "deit_micro_patch4_32",
@@ -360,6 +370,11 @@ def _transform(config: DataConfig, info: DataSetInfo, training: bool):
                 re_prob=config.reprob,
                 re_mode="pixel",
             )
+            generators = rng_state()
+            for step in transform.transforms:
+                if type(step).__module__ == auto_augment.__name__:
+                    step(Image.new("RGB", (32, 32)))  # some of what timm accepts fails when it is used
+            set_rng_state(generators)
         except (AssertionError, ValueError) as error:
             raise UserError(f"--aa must be none or one of timm's, such as {RAND_AUGMENT}, got {config.aa!r}") from error
         if size <= SMALL_IMAGE:

@@ -24,7 +24,8 @@ def fingerprint(dataset: Dataset) -> str:
             found.update(f"{path[start:]}\0{label}\0".encode(errors="surrogateescape"))
         every = -(-len(dataset) // MOST_SIZES)
         for path, _ in dataset.samples[::every]:
-            found.update(f"{os.path.getsize(path)}\0".encode())
+            size = os.path.getsize(path) if os.path.exists(path) else None  # a link to nothing: no readable image
+            found.update(f"{size}\0".encode())
     else:
         names = ("images", "labels") if hasattr(dataset, "images") else ("data", "targets")
         for name in names:

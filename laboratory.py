@@ -84,6 +84,8 @@ class Laboratory:
         """Close the window; `step` is the number of steps since the start of the run."""
         window, steps = self._weights, self._weights.steps
         self._weights = self._until_window = None
+        if steps == 0:  # a run that went on, with a laboratory for the first time, after the epoch's last step
+            return []
         return [Row(epoch, step, steps, *numbers) for numbers in self._measurements(window)]
 
     def state_dict(self) -> dict:

@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import sys
+import traceback
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from timm.data import Mixup
+from timm.layers import to_2tuple
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -41,6 +43,7 @@ from errors import NonFiniteSteps, RanksDiffer, Stopped, UserError
 from fingerprint import fingerprint
 from interrupts import Interrupts
 from laboratory import Laboratory
+from locking import exclusive
 from losses import DistillationLoss, base_criterion
 from options import SAME_ON_RESUME, build_recipe, parse_args
 from quantization import (
@@ -90,7 +93,9 @@ def build_model(
 ) -> nn.Module:
     """Raises UserError for a model that cannot be quantized or does not take the input size."""
     own_size = model_input_size(name, option)
-    options = {"num_classes": num_classes, "drop_path_rate": drop_path}
+    options = {"num_classes": num_classes}
+    if drop_path > 0:
+        options["drop_path_rate"] = drop_path
     if input_size != own_size:
         options["img_size"] = input_size
     if recipe.quantizes:
@@ -103,12 +108,14 @@ def build_model(
                 "--quant needs a Vision Transformer of timm with plain blocks (deit_*, vit_*) or a Swin Transformer "
                 f"(swin_*), got --model {name}"
             ) from error
+        if "drop_path_rate" in str(error):
+            raise UserError(f"{option} {name} has no stochastic depth, got --drop-path {drop_path}; give 0") from error
         raise UserError(
             f"{option} {name} cannot be built for --input-size {input_size}: {error}; its own is {own_size}"
         ) from error
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
-    if input_size < patch[0] or input_size % patch[0]:
-        raise UserError(f"--input-size must be a multiple of {name}'s patch size {patch[0]}, got {input_size}")
+    patch, _ = to_2tuple(getattr(getattr(model, "patch_embed", None), "patch_size", 1))
+    if input_size < patch or input_size % patch:
+        raise UserError(f"--input-size must be a multiple of {name}'s patch size {patch}, got {input_size}")
     return model
 
 
@@ -147,38 +154,45 @@ def build_criterion(args: argparse.Namespace, model: nn.Module, num_classes: int
     return DistillationLoss(base, teacher.to(device), kind, alpha, tau)
 
 
-def open_output(args: argparse.Namespace) -> Path:
-    """The run's directory, made if need be. Raises UserError if it cannot be written."""
-    directory = args.output_dir
-    if directory is None:
-        stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
-        directory = Path(distributed.from_main(f"runs/{stamp}-{args.model}-{args.quant}"))
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        writable = os.access(directory, os.W_OK)
-    except OSError as error:
-        raise UserError(f"--output-dir must be a directory that can be written, got {directory} ({error})") from error
-    if not writable:
-        raise UserError(f"--output-dir must be writable, {directory} is not")
-    return directory
+def output_directory(args: argparse.Namespace) -> Path:
+    if args.output_dir is not None:
+        return args.output_dir
+    stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
+    return Path(distributed.from_main(f"runs/{stamp}-{args.model}-{args.quant}"))
 
 
 def find_resume(args: argparse.Namespace) -> list[Path]:
     """The checkpoint to go on from, then those to take if it is damaged. Raises UserError if a run would be lost."""
-    present = [] if args.output_dir is None else checkpoint.find_all(args.output_dir)
+    out = args.output_dir
+    present = [] if out is None else checkpoint.find_all(out)
     if args.resume == "auto":
+        if not present and out is not None and checkpoint.holds_a_run(out):
+            say(f"note    {out} holds a run without a checkpoint to go on from; it begins anew")
         return present
-    if args.resume:
-        return [Path(args.resume)]
-    if present and not args.eval:
-        raise UserError(f"{args.output_dir} holds a run; pass --resume auto to go on with it, or another --output-dir")
-    return []
+    elsewhere = args.resume and out is not None and Path(args.resume).resolve().parent != out.resolve()
+    if out is not None and not args.eval and (elsewhere or not args.resume) and checkpoint.holds_a_run(out):
+        raise UserError(f"{out} holds a run; pass --resume auto to go on with it, or another --output-dir")
+    return [Path(args.resume)] if args.resume else []
 
 
 def run(args: argparse.Namespace) -> None:
     device = distributed.start(args.device)
-    with deterministic(device) if args.deterministic else nullcontext():
-        run_on(args, device)
+    try:
+        with deterministic(device) if args.deterministic else nullcontext():
+            run_on(args, device)
+    except BaseException as error:
+        end_loaders(error)
+        raise
+
+
+def end_loaders(error: BaseException | None) -> None:
+    """End the loaders' processes that `error` has left behind: they ignore SIGTERM, so Python would wait for them.
+
+    They end with their iterator, which the frames that the error has passed through still hold.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def run_on(args: argparse.Namespace, device: torch.device) -> None:
@@ -211,7 +225,7 @@ def run_on(args: argparse.Namespace, device: torch.device) -> None:
     random.seed(seed)
     model = build_model(args.model, loaders.num_classes, args.input_size, args.drop_path, recipe)
     if args.finetune:
-        checkpoint.load_weights(model, args.finetune)
+        checkpoint.load_weights(model, args.finetune, new_head=not args.eval)
     if not args.fsdp:  # which takes the model to the device a part at a time
         model.to(device)
     set_matmul(model, args.matmul)
@@ -332,36 +346,42 @@ def train(
     if args.check_ranks is not None:
         done = progress.epoch * len(loaders.train) + progress.sums.steps
         check = RankCheck(model, optimizer, args.check_ranks, step=done)
-    directory = open_output(args)
-    if laboratory is not None:
-        oscillation_log.start(directory / oscillation_log.FILE_NAME, progress.epoch)
-    describe(args, model, identity["recipe"], loaders, device, directory, num_parameters)
-    if state is not None:
-        steps = progress.sums.steps
-        steps_done = f" and {steps} of {len(loaders.train)} steps" if steps else ""
-        say(f"resume  {resumed}, {progress.epoch} of {args.epochs} epochs{steps_done} done")
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    settings |= {"torch": torch.__version__, "timm": timm.__version__}
-    training = Training(
-        progress,
-        step,
-        loaders,
-        data,
-        interrupts,
-        directory,
-        epochs=args.epochs,
-        save_epochs=args.save_epochs,
-        save_steps=args.save_steps,
-        num_parameters=num_parameters,
-        q_ema=q_ema,
-        answer=answer,
-        ramping=ramping,
-        laboratory=laboratory,
-        check=check,
-    )
-    with RunLog(directory, settings, progress.epoch) as log, interrupts:
-        training.run(log)
-    say(f"best top-1 {progress.best_acc1:.2f} %; checkpoints and logs in {directory}")
+    directory = output_directory(args)
+    with exclusive(directory, "--output-dir") if distributed.is_main() else nullcontext():
+        if laboratory is not None:
+            oscillation_log.start(directory / oscillation_log.FILE_NAME, progress.epoch)
+        describe(args, model, identity["recipe"], loaders, device, directory, num_parameters)
+        if state is not None:
+            steps = progress.sums.steps
+            steps_done = f" and {steps} of {len(loaders.train)} steps" if steps else ""
+            say(f"resume  {resumed}, {progress.epoch} of {args.epochs} epochs{steps_done} done")
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        settings |= {"torch": torch.__version__, "timm": timm.__version__}
+        training = Training(
+            progress,
+            step,
+            loaders,
+            data,
+            interrupts,
+            directory,
+            epochs=args.epochs,
+            save_epochs=args.save_epochs,
+            save_steps=args.save_steps,
+            num_parameters=num_parameters,
+            q_ema=q_ema,
+            answer=answer,
+            ramping=ramping,
+            laboratory=laboratory,
+            check=check,
+        )
+        with RunLog(directory, settings, progress.epoch) as log, interrupts:
+            try:
+                training.run(log)
+            except KeyboardInterrupt as error:
+                saved = (directory / checkpoint.LAST).is_file()
+                onward = f"--resume auto --output-dir {directory} goes on from the last checkpoint"
+                raise KeyboardInterrupt(onward if saved else f"{directory} has no checkpoint yet") from error
+        say(f"best top-1 {progress.best_acc1:.2f} %; checkpoints and logs in {directory}")
 
 
 def describe(
@@ -413,8 +433,8 @@ def main(argv: list[str] | None = None) -> int:
         message, code = f"main.py: ranks differ: {error}", 1
     except Stopped as error:
         message, code = f"main.py: stopped by {error}", os.EX_TEMPFAIL
-    except KeyboardInterrupt:
-        message, code = "main.py: interrupted; --resume auto goes on from the last checkpoint", 130
+    except KeyboardInterrupt as error:
+        message, code = "; ".join(filter(None, ("main.py: interrupted", str(error)))), 130
     except Exception as error:
         # A collective breaks off where another process has ended; that one says why.
         broken_off = isinstance(error, RuntimeError) and distributed.another_has_failed()

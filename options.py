@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,18 +91,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{' '.join(message.split())}; see --help")
 
 
-def number(kind: type, low: float, high: float = float("inf"), open_high: bool = False):
-    """An argparse type: a finite `kind` in [low, high], or in [low, high) if `open_high`."""
+LARGEST = {int: 2**31 - 1, float: 1e30}  # what C and fp32 take
+
+
+def number(kind: type, low: float, high: float | None = None, open_high: bool = False):
+    """An argparse type: a `kind` in [low, high], or in [low, high) if `open_high`; `high` is at most LARGEST[kind]."""
+    limits = f"at least {low}" if high is None else f"from {low} to {high}"
+    high = LARGEST[kind] if high is None else high
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not (low <= value < high if open_high else low <= value <= high) or value == float("inf"):
-            limits = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+        if not (low <= value < high if open_high else low <= value <= high):
+            more = f" and at most {high}" if "from" not in limits and high < value < float("inf") else ""
             raise argparse.ArgumentTypeError(
-                f"needs {'a whole number' if kind is int else 'a number'} {limits}"
+                f"needs {'a whole number' if kind is int else 'a number'} {limits}{more}"
                 f"{', exclusive' if open_high else ''}, got {text!r}"
             )
         return value
@@ -301,6 +307,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     Raises UserError for options that contradict one another.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    for option, value in zip(argv, [*argv[1:], None]):
+        if option.startswith("--") and (value == "" or option.endswith("=")):
+            raise UserError(
+                f"{option.rstrip('=')} needs a value, got an empty one; is a variable of the shell not set?"
+            )
     args = build_parser().parse_args(argv)
     check_low_precision(args)
     if args.q_ema_beta is not None and not args.q_ema:
@@ -380,10 +392,15 @@ def model_recipe(name: str) -> dict:
     return recipe
 
 
+def is_given(args: argparse.Namespace, name: str) -> bool:
+    """Whether the option has a value, be it 0, or is switched on."""
+    return getattr(args, name) is not None and getattr(args, name) is not False
+
+
 def check_low_precision(args: argparse.Namespace) -> None:
     """Raises UserError for options that have nothing to act on, or that exclude one another."""
     switch = next((name for name in RECIPE_SWITCHES if getattr(args, name) is not None), None)
-    answers = [name for name in OSCILLATION_ANSWERS if getattr(args, name) not in (None, False)]
+    answers = [name for name in OSCILLATION_ANSWERS if is_given(args, name)]
     first = f"--{answers[0].replace('_', '-')}" if answers else None
     if args.quant in ("none", "int4"):
         if switch:
@@ -444,7 +461,7 @@ def check_processes(args: argparse.Namespace, processes: int) -> None:
     if not args.fsdp:
         return
     whole_weights = ("dampen", "freeze", "osci_reset", "track_oscillation", "compile")
-    other = next((name for name in whole_weights if getattr(args, name) not in (None, False)), None)
+    other = next((name for name in whole_weights if is_given(args, name)), None)
     if other or args.quant == "int4":
         option = f"--{other.replace('_', '-')}" if other else "--quant int4"
         raise UserError(f"--fsdp shards the weights, and {option} has no way with sharded ones; drop one of them")

@@ -17,6 +17,8 @@ import oscillation_log
 from errors import UserError
 from oscillation_log import Measure, Row
 
+LOG = "log.txt"
+
 
 class RunLog:
     """Writes on the main process only. Files are appended to, so that a resumed run continues them.
@@ -28,7 +30,7 @@ class RunLog:
         self.directory = directory
         self._active = distributed.is_main()
         if self._active:
-            _drop_epochs(directory / "log.txt", epoch)
+            _drop_epochs(directory / LOG, epoch)
             self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=epoch)
             self._dllogger = _dllogger(directory / "dllogger.json")
             self._dllogger("PARAMETER", parameters)
@@ -37,7 +39,7 @@ class RunLog:
         """One line in log.txt and in dllogger.json, and a point on every TensorBoard curve."""
         if not self._active:
             return
-        with open(self.directory / "log.txt", "a", encoding="utf-8") as file:
+        with open(self.directory / LOG, "a", encoding="utf-8") as file:
             file.write(json.dumps(numbers) + "\n")
         epoch = numbers["epoch"]
         for name, value in numbers.items():
@@ -90,6 +92,8 @@ def _drop_epochs(path: Path, first: int) -> None:
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < first]
+        if any(not line.startswith("{") for line in lines):
+            raise ValueError("no JSON object")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} must be a run's log, it holds something else; move it away") from error
     if kept != lines:

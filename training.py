@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,9 +121,10 @@ class Training:
             if self.laboratory is not None:
                 log.oscillation(self.laboratory.after_epoch(epoch, (epoch + 1) * len(self.loaders.train)))
             numbers |= self._evaluate()
-            is_best = numbers["test_acc1"] > self.progress.best_acc1
+            is_best = numbers["test_acc1"] > self.progress.best_acc1 and math.isfinite(numbers["test_loss"])
             self.progress.epoch += 1
-            self.progress.best_acc1 = max(self.progress.best_acc1, numbers["test_acc1"])
+            if is_best:
+                self.progress.best_acc1 = numbers["test_acc1"]
             self.progress.sums = EpochSums()
             log.epoch(numbers)  # before the checkpoint: what is logged and not saved is dropped and logged again
             if self._saves_epoch(epoch):
@@ -132,6 +134,10 @@ class Training:
             say(table_row(numbers, self.epochs))
             if epoch + 1 < self.epochs and self.interrupts.agreed():
                 self._stop()
+        if not math.isfinite(numbers["test_loss"]):
+            raise NonFiniteSteps(
+                f"the held-out loss after the last epoch is {numbers['test_loss']}; lower --lr or warm up longer"
+            )
 
     def _train(self, epoch: int) -> dict[str, float]:
         """The epoch's steps that are left, with the detection that precedes the first."""

@@ -27,10 +27,21 @@ def positive(text: str) -> int:
 def model_name(text: str) -> str:
     """For argparse: a model that takes `quant`."""
     import timm
+    from quantization import Recipe
 
-    if not timm.is_model(text) or not text.startswith(("deit", "vit", "swin")):
-        raise argparse.ArgumentTypeError(f"must be a DeiT, ViT or Swin of timm, got {text}")
+    try:
+        with torch.device("meta"):
+            timm.create_model(text, quant=Recipe())
+    except (RuntimeError, TypeError, ValueError) as error:  # unknown, without the option, with blocks of another kind
+        raise argparse.ArgumentTypeError(f"must be a DeiT, ViT or Swin of timm, got {text}") from error
     return text
+
+
+def csv_file(text: str) -> Path:
+    """For argparse: a file to append to, made with its directory if need be."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file, got the directory {text}")
+    return Path(text)
 
 
 def timed(call: Callable[[], object], device: torch.device, warm_up: int, repeats: int, behind: float = 0.0) -> list:

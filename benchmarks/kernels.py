@@ -12,10 +12,9 @@ import argparse
 import sys
 from functools import partial
 from itertools import count
-from pathlib import Path
 
 import torch
-from common import append_rows, median_and_percentiles, positive, timed
+from common import append_rows, csv_file, median_and_percentiles, positive, timed
 
 from provenance import environment
 from quantization import Quantizer, has_fp8
@@ -78,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--width", type=positive, default=768)
     parser.add_argument("--repeats", type=positive, default=30)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
-    parser.add_argument("--csv", type=Path, help="append one row a measurement to this file")
+    parser.add_argument("--csv", type=csv_file, help="append one row a measurement to this file")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("kernels.py: error: timing needs a GPU, PyTorch finds none", file=sys.stderr)

@@ -15,11 +15,10 @@ import gc
 import os
 import sys
 from itertools import cycle
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import append_rows, median_and_percentiles, model_name, positive, timed
+from common import append_rows, csv_file, median_and_percentiles, model_name, positive, timed
 from torch import multiprocessing
 from torch.distributed import TCPStore
 
@@ -114,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, help="default: all")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model; without FSDP2")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
-    parser.add_argument("--csv", type=Path, help="append one row a measurement to this file")
+    parser.add_argument("--csv", type=csv_file, help="append one row a measurement to this file")
     args = parser.parse_args(argv)
     present = torch.cuda.device_count()
     wanted = args.processes or (present if args.device == "cuda" else 2)

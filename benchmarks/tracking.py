@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from pathlib import Path
 
 import torch
-from common import append_rows, median_and_percentiles, model_name, positive, timed
+from common import append_rows, csv_file, median_and_percentiles, model_name, positive, timed
 from torch.utils.data import TensorDataset
 from train_step import MODELS, Variant, training_step
 
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=positive, default=6, help="default: 6")
     parser.add_argument("--steps", type=positive, default=10, help="of each kind a round (default: 10)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
-    parser.add_argument("--csv", type=Path, help="append one row a kind to this file")
+    parser.add_argument("--csv", type=csv_file, help="append one row a kind to this file")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("tracking.py: error: timing needs a GPU, PyTorch finds none", file=sys.stderr)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import append_rows, median_and_percentiles, model_name, positive, timed
+from common import append_rows, csv_file, median_and_percentiles, model_name, positive, timed
 from torch import nn
 
 import timm
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=positive, help="instead of each model's own")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
     parser.add_argument("--lock", type=Path, metavar="FILE", help="time steps only while no other process has the lock")
-    parser.add_argument("--csv", type=Path, help="append one row a measurement to this file")
+    parser.add_argument("--csv", type=csv_file, help="append one row a measurement to this file")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("train_step.py: error: timing needs a GPU, PyTorch finds none", file=sys.stderr)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from errors import UserError
+from locking import exclusive
 from reproduction.protocols import PROTOCOLS, Protocol
 from reproduction.targets import TARGETS
 
@@ -107,7 +108,7 @@ def reproduce(args: argparse.Namespace) -> int:
             finished = "" if run in waiting else "  # finished"
             print(runs.shell([*command, "--output-dir", str(out / run.name)]) + finished)
         return 0
-    with runner.exclusive(out):
+    with exclusive(out, "--out"):
         failed = runner.execute(waiting, len(planned) - len(waiting), out, machine, path)
         print(*report.write_reports(names, args.protocol, protocol, out), sep="\n")
     if failed:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from errors import UserError
 from options import parse_args
 from provenance import environment
 from reproduction.runs import Run, executable, read_log, shell, write_record
@@ -64,22 +61,6 @@ class Job:
     command: list[str]
     process: subprocess.Popen
     started: float
-
-
-@contextlib.contextmanager
-def exclusive(out: Path) -> Iterator[None]:
-    """Makes `out`. Raises UserError if another process works there, since both would train the same runs."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"--out must be a directory that can be written, got {out} ({error})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--out {out} must be free, another process works there; wait or give another") from error
-        yield
 
 
 def start(run: Run, out: Path, slot: int, machine: Machine, data_path: Path | None) -> Job:

@@ -7,5 +7,5 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [ -d "${DATA_PATH:-}" ]; then export DATA_PATH="$(cd "$DATA_PATH" && pwd)"; fi
 source "$root/scripts/setup.sh"
-cd "$root"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec python -m reproduction "$@"

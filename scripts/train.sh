@@ -40,13 +40,15 @@ if [ -n "${DATA_PATH:-}" ] && { [ ! -d "$DATA_PATH/train" ] || [ ! -d "$DATA_PAT
     exit 2
 fi
 
-if [ -n "${DATA_PATH:-}" ]; then DATA_PATH="$(cd "$DATA_PATH" && pwd)"; fi
+if [[ ! "${NUM_GPUS:-1}" =~ ^[1-9][0-9]*$ ]]; then
+    echo "train.sh: error: NUM_GPUS must be a whole number from 1 on, got $NUM_GPUS; unset it for all GPUs" >&2
+    exit 2
+fi
 source "$root/scripts/setup.sh"
-cd "$root"
 if [ -z "${DATA_PATH:-}" ]; then
     echo "DATA_PATH is not set: one short epoch of $size on scikit-learn's digits at 32 px, not ImageNet."
     echo "For the real run: DATA_PATH=/path/to/imagenet bash $0 $size $variant"
-    exec python main.py "${options[@]}" --data-set DIGITS --input-size 32 --batch-size 128 --lr 5e-4 --epochs 1 \
+    exec python "$root/main.py" "${options[@]}" --data-set DIGITS --input-size 32 --batch-size 128 --lr 5e-4 --epochs 1 \
         --warmup-epochs 0 "$@"
 fi
 gpus="${NUM_GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}"
@@ -57,5 +59,5 @@ fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # processes share the cores with their loaders
 launcher=(python)
 if [ "$gpus" -gt 1 ]; then launcher=(torchrun --standalone --nproc_per_node "$gpus"); fi
-exec "${launcher[@]}" main.py "${options[@]}" --data-set IMNET --data-path "$DATA_PATH" \
+exec "${launcher[@]}" "$root/main.py" "${options[@]}" --data-set IMNET --data-path "$DATA_PATH" \
     --epochs 90 --batch-size "$batch" --lr "$lr" "$@"

@@ -51,6 +51,23 @@ def torchrun(environment):
     return launch
 
 
+@pytest.fixture(scope="session")
+def busy(environment):
+    """`with busy(directory):` another process works in that directory."""
+    script = "import locking, sys; from pathlib import Path\n"
+    script += "with locking.exclusive(Path(sys.argv[1]), ''): print('here', flush=True); sys.stdin.read()"
+
+    @contextmanager
+    def held(directory: Path) -> Iterator[None]:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen([sys.executable, "-c", script, directory], env=environment, **pipes) as process:
+            assert process.stdout.readline() == b"here\n"
+            yield
+            process.stdin.close()
+
+    return held
+
+
 @pytest.fixture
 def randn(device: torch.device):
     """randn(*shape): normal fp32 on the test device, the same for every run of a test."""

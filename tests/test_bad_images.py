@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -155,3 +157,26 @@ def test_steps_that_will_be_repeated_do_not_count(folder, monkeypatch):
     assert sums["steps"] == sums["skipped_steps"] == sums["bad_images"] == 0
     (first,) = map(json.loads, Path("out/log.txt").read_text().splitlines())
     assert first["bad_images"] == 3 and first["skipped_steps"] == 6
+
+
+@pytest.mark.parametrize("half", ["train", "val"])
+def test_a_run_with_loaders_processes_ends(half, folder, environment):
+    """They ignore SIGTERM, so nothing may leave them for Python to end."""
+    spoil(folder, f"{half}/dark/1.png")
+    command = [sys.executable, program.__file__, "--data-set", "FOLDER", "--data-path", str(folder), "--device", "cpu"]
+    command += ["--model", "deit_nano_patch4_32", "--input-size", "8", "--batch-size", "2", "--repeats", "1"]
+    command += ["--num-workers", "2", "--epochs", "1", "--output-dir", "out"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2, result.stderr
+    assert re.search(r"main.py: error: \S+dark/1.png is not a readable image .*\n$", result.stderr)
+
+
+def test_a_link_to_nothing_is_a_bad_image(folder, capsys):
+    (folder / "train" / "dark" / "9.png").symlink_to("nowhere")
+    options = ["--data-set", "FOLDER", "--data-path", str(folder), "--model", "deit_nano_patch4_32", "--device", "cpu"]
+    options += ["--input-size", "8", "--batch-size", "2", "--epochs", "1", "--num-workers", "0", "--output-dir", "out"]
+    options += ["--repeats", "1", "--keep-last-batch"]
+    assert main(options) == 2
+    assert re.search(r"error: \S+dark/9.png is not a readable image", capsys.readouterr().err)
+    assert main([*options, "--output-dir", "other", "--bad-images", "skip"]) == 0
+    assert "dark/9.png is not a readable image and was left out" in capsys.readouterr().out

@@ -95,6 +95,12 @@ def test_scaling_without_two_gpus_one_line():
     ("script", "arguments", "message"),
     [
         ("train_step.py", ["--models", "nosuch"], "must be a DeiT, ViT or Swin of timm, got nosuch"),
+        (
+            "train_step.py",
+            ["--models", "vit_relpos_small_patch16_224"],
+            "must be a DeiT, ViT or Swin of timm, got",
+        ),
+        ("kernels.py", ["--csv", "."], "must be a file, got the directory ."),
         ("tracking.py", ["--rounds", "0"], "must be at least 1, got 0"),
         ("tracking.py", ["--device", "cpu", "--graph"], "--graph records what a GPU does; leave it out"),
         ("scaling.py", ["--device", "cpu", "--processes", "1"], "--processes must be at least 2"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment
 from torchvision import transforms as T
 
 import datasets
@@ -190,3 +190,14 @@ def test_fractals_are_a_data_set_of_their_own(monkeypatch):
     loaders = build_loaders(replace(DIGITS, name="FRACTAL", input_size=32))
     assert (len(loaders.train.dataset), len(loaders.val.dataset), loaders.num_classes) == (300, 50, 5)
     assert next(iter(loaders.train))[0].shape == (100, 3, 32, 32)
+
+
+@pytest.mark.parametrize("name", ["Posterize", "PosterizeIncreasing", "PosterizeOriginal"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_an_augmentation_that_keeps_no_bits_makes_black(name, mode):
+    """The default one draws that now and then; newer releases of Pillow refuse to do it."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)).convert(mode)
+    posterize = auto_augment.NAME_TO_OP[name]
+    for bits in (0, 1, 4, 8):
+        kept = np.asarray(posterize(image, bits, fillcolor=None))
+        assert (kept == (np.asarray(image).astype(int) & (256 - 2 ** (8 - bits)))).all()

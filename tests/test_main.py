@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -118,7 +120,7 @@ class TestTraining:
         )
         command = [sys.executable, "-c", script, *arguments, "--output-dir", "parts"]
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 130 and "--resume auto goes on" in result.stderr
+        assert result.returncode == 130 and "--resume auto --output-dir parts goes on" in result.stderr
         assert len(lines_of(Path("parts/log.txt"))) == 1
         assert main([*arguments, "--output-dir", "parts", "--resume", "auto"]) == 0
         whole, parts = (torch.load(f"{d}/checkpoint.pth", weights_only=True) for d in ("whole", "parts"))
@@ -266,6 +268,19 @@ class TestTrackOscillation:
         rows = oscillation_log.read(Path("out/oscillation.csv"))
         assert {r.measure.value for r in rows} == {"rate_w", "rate_y"} and len(rows) == 10
 
+    def test_a_run_that_goes_on_with_it_after_an_epochs_last_step(self, monkeypatch, capsys):
+        options = [*TINY, "--save-steps", "3", "--save-epochs", "2", "--output-dir", "out"]
+
+        def interrupted(*arguments) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "evaluate", interrupted)
+            assert main(options) == 130
+        assert main([*options, "--track-oscillation", "--resume", "auto"]) == 0
+        rows = oscillation_log.read(Path("out/oscillation.csv"))
+        assert {(r.epoch, r.window) for r in rows} == {(1, 1)} and all(r.value == r.value for r in rows)
+
     def test_a_file_of_another_kind_is_left_alone(self, capsys):
         Path("out").mkdir()
         Path("out/oscillation.csv").write_text("a,b\n1,2\n")
@@ -340,7 +355,16 @@ MISTAKES = {
         ["--quant", "mxfp4", "--quantizers", "q1,w"],
         r"--quantizers: needs some of q1,q2,q3,q4,q5,q6, got 'w'",
     ),
-    "no quantizer": (["--quant", "mxfp4", "--quantizers", ""], r"--quantizers: needs some of .* got ''"),
+    "no quantizer": (["--quant", "mxfp4", "--quantizers", ","], r"--quantizers: needs some of .* got ''"),
+    "nothing": (["--resume", ""], r"--resume needs a value, got an empty one; is a variable of the shell not set\?"),
+    "nothing assigned": (["--output-dir="], r"--output-dir needs a value, got an empty one"),
+    "lr beyond fp32": (["--lr", "1e300"], r"--lr: needs a number at least 0 and at most 1e\+30, got '1e300'"),
+    "dampen by nothing": (["--dampen", "0"], r"--dampen needs quantized weights, got --quant none; add --quant mxfp4"),
+    "augmentation that fails": (["--aa", "augmix-a0"], r"--aa must be none or one of timm's, .*, got 'augmix-a0'"),
+    "no stochastic depth": (
+        ["--model", "vgg11", "--input-size", "224", "--drop-path", "0.1"],
+        r"--model vgg11 has no stochastic depth, got --drop-path 0.1; give 0",
+    ),
     "q-ema without q2": (
         ["--quant", "mxfp4", "--q-ema", "--quantizers", "q1,q3"],
         r"--q-ema is about weights that q2 quantizes, got --quantizers q1,q3; add q2",
@@ -464,7 +488,7 @@ def test_what_does_not_go_with_sharded_weights(options, named, monkeypatch, caps
 
 def fails(arguments: list[str], message: str, capsys) -> None:
     """Exit code 2, one line that matches, no file written or changed."""
-    before = {p: p.stat().st_mtime_ns for p in Path().rglob("*")}
+    before = {p: p.is_file() and p.stat().st_mtime_ns for p in Path().rglob("*")}
     try:
         code = main(arguments)
     except SystemExit as stopped:
@@ -473,7 +497,7 @@ def fails(arguments: list[str], message: str, capsys) -> None:
     assert code == 2, error
     assert error.startswith("main.py: error: ") and "\n" not in error
     assert re.search(message, error), error
-    assert before == {p: p.stat().st_mtime_ns for p in Path().rglob("*")}
+    assert before == {p: p.is_file() and p.stat().st_mtime_ns for p in Path().rglob("*")}
 
 
 class TestMistakes:
@@ -527,6 +551,11 @@ class TestMistakes:
         fails([*TINY, *ours, "--epochs", "6"], "same --epochs: this run has 6, .* has 1;", capsys)
         fails([*TINY, "--eval", "--resume", "other/checkpoint.pth"], "same recipe", capsys)
         fails([*TINY, "--output-dir", "out"], "out holds a run; pass --resume auto", capsys)
+        shutil.copytree("out", "third")
+        fails([*TINY, "--output-dir", "third", *ours, "--epochs", "1"], "third holds a run; pass --resume auto", capsys)
+        for name in ("checkpoint.pth", "log.txt"):
+            Path("third", name).unlink()
+        fails([*TINY, "--output-dir", "third"], "third holds a run; pass --resume auto", capsys)
         content = torch.load("out/checkpoint.pth", weights_only=True)
         for part in ("identity", "rng", "model", "optimizer"):
             torch.save({k: v for k, v in content.items() if k != part}, "damaged.pth")
@@ -540,11 +569,25 @@ class TestMistakes:
         Path("cut.pth").write_bytes(Path("out/checkpoint.pth").read_bytes()[:5000])
         fails([*TINY, "--resume", "cut.pth"], "not a readable checkpoint", capsys)
 
+    def test_another_process_works_there(self, busy, capsys):
+        with busy(Path("out")):
+            fails([*TINY, "--output-dir", "out"], "--output-dir out must be free, another process works there", capsys)
+        assert main([*TINY, "--epochs", "1", "--output-dir", "out"]) == 0 and not Path("out/.lock").exists()
+
+    def test_weights_without_the_head_are_for_training_alone(self, capsys):
+        model = timm.create_model("deit_micro_patch4_32", img_size=8, num_classes=17, quant=Recipe())
+        torch.save(model.state_dict(), "w.pth")
+        fails([*TINY, "--eval", "--finetune", "w.pth"], "--finetune w.pth does not fit the model: .*head", capsys)
+        assert main([*TINY, "--epochs", "1", "--finetune", "w.pth", "--output-dir", "out"]) == 0
+        assert "w.pth has no head for these classes; the model's begins at random" in capsys.readouterr().out
+
     def test_a_log_of_something_else_is_left_alone(self, capsys):
-        for content in ("hello\n", "[1]\n", '{"loss": 1}\n'):
+        for content in ("hello\n", "[1]\n", '{"loss": 1}\n', "no end"):
             Path("out").mkdir(exist_ok=True)
             Path("out/log.txt").write_text(content)
-            fails([*TINY, "--output-dir", "out"], "out/log.txt must be a run's log, it holds something else", capsys)
+            fails([*TINY, "--output-dir", "out"], "out holds a run; pass --resume auto", capsys)
+            arguments = [*TINY, "--output-dir", "out", "--resume", "auto"]
+            fails(arguments, "out/log.txt must be a run's log, it holds something else", capsys)
             assert [path.name for path in Path("out").iterdir()] == ["log.txt"]
             assert Path("out/log.txt").read_text() == content
 
@@ -724,3 +767,15 @@ def test_a_script_called_wrongly(arguments, message):
     script = Path(program.__file__).parent / "scripts" / "train.sh"
     result = subprocess.run(["bash", script, *arguments], capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr == f"train.sh: error: {message}\n"
+
+
+def test_a_script_with_a_wrong_number_of_gpus():
+    script = Path(program.__file__).parent / "scripts" / "train.sh"
+    for number in ("none", "0", "-1"):
+        command, env = ["bash", script, "small", "mxfp4"], os.environ | {"NUM_GPUS": number}
+        result = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert result.returncode == 2 and f"NUM_GPUS must be a whole number from 1 on, got {number};" in result.stderr
+
+
+def test_a_model_with_a_number_as_its_patch_size():
+    assert program.build_model("xcit_nano_12_p8_224", 10, 224, 0.0, RECIPES["none"]).num_classes == 10

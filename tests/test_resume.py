@@ -353,6 +353,11 @@ class TestCheckpoints:
         assert names == {"checkpoint.pth", "best_checkpoint.pth"} | earlier
         found = checkpoint.find_all(Path("parts"))
         assert [steps_saved(path) for path in found] == [10, 8, 6]
+        checkpoint.write({}, found[0], keep=10**12)
+        assert [path.name for path in checkpoint.find_all(Path("parts"))][1:] == [
+            f"earlier_checkpoint_{number}.pth" for number in (1, 2, 3)
+        ]
+        assert [steps_saved(path) for path in checkpoint.find_all(Path("parts"))[1:]] == [10, 8, 6]
         checkpoint.write({}, found[0], keep=1)
         assert {path.name for path in Path("parts").glob("*.pth")} == names - earlier
 

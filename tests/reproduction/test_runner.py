@@ -113,7 +113,7 @@ def test_an_interrupted_run_goes_on_where_it_was(capsys):
     directory = saved[0].parent
     log = directory / "log.txt"
     assert len(log.read_text().splitlines()) < 4
-    assert "--resume auto goes on" in (directory / runner.OUTPUT).read_text()
+    assert "goes on from the last checkpoint" in (directory / runner.OUTPUT).read_text()
     assert subprocess.run([sys.executable, "one.py"], stderr=subprocess.STDOUT, **options).returncode == 0
     assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [0, 1, 2, 3]
     assert "resume  " in (directory / runner.OUTPUT).read_text()
@@ -159,8 +159,8 @@ def test_one_line_exit_code_2_nothing_written(name, tmp_path, capsys):
     assert re.fullmatch(rf"reproduce: error: .*{message}.*\n", printed.err), printed.err
 
 
-def test_one_directory_one_command(tmp_path, capsys):
-    with runner.exclusive(tmp_path / "out"):
+def test_one_directory_one_command(tmp_path, capsys, busy):
+    with busy(tmp_path / "out"):
         assert main(["pair", "--out", "out"]) == 2
     assert "must be free, another process works there" in capsys.readouterr().err
 
