@@ -224,7 +224,8 @@ def train_one_epoch(
                 loss_mean, share = (sums.totals[1:] / sums.totals[0]).tolist()
                 seen = sums.images
                 speed = seen * distributed.world_size() / (time.perf_counter() - start)
-                bar.set_postfix_str(f"loss {loss_mean:.4f}, acc {100 * share:.1f} %, {speed:.0f} img/s, lr {lr:.1e}")
+                shown = f"loss {loss_mean:.4f}, acc {100 * share:.1f} %, {speed:.0f} img/s, lr {lr:.1e}"
+                bar.set_postfix_str(shown, refresh=False)
         step.settle()
     seconds = time.perf_counter() - start
     seen = sums.images * distributed.world_size()  # samplers deal every process as many
@@ -264,9 +265,13 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
     return {"loss": loss / seen, "acc1": 100 * top1 / seen, "acc5": 100 * top5 / seen}
 
 
-def progress(loader: DataLoader, description: str, done: int = 0) -> tqdm:
-    """A progress bar on the main process, of which `done` steps are; into a file it writes one line in ten seconds."""
-    bar = tqdm(loader, description, leave=False, dynamic_ncols=True, disable=not distributed.is_main(), initial=done)
+def progress(loader: DataLoader | None, description: str, done: int = 0, total: int | None = None) -> tqdm:
+    """A progress bar on the main process, over `loader` or `total` steps, of which `done` are.
+
+    Into a file it writes one line in ten seconds.
+    """
+    options = {"leave": False, "dynamic_ncols": True, "disable": not distributed.is_main()}
+    bar = tqdm(loader, description, initial=done, total=total, **options)
     if not bar.disable and not bar.fp.isatty():
         bar.mininterval = 10
     return bar

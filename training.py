@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import checkpoint
 import distributed
 import sharding
 from datasets import CALIBRATION_ORDER, DataConfig, Loaders, set_epoch, take_bad_images
 from divergence import MOST_IN_A_ROW
-from engine import EpochSums, TrainStep, evaluate, train_one_epoch
+from engine import EpochSums, TrainStep, evaluate, progress, train_one_epoch
 from errors import NonFiniteSteps, Stopped
 from interrupts import Interrupts
 from laboratory import Laboratory
@@ -54,7 +53,7 @@ class QRamping:
         """Raises Stopped, with everything as before, if a signal asks the run to end."""
         loader = self.loaders.calibration
         set_epoch(loader, self.data, CALIBRATION_ORDER + epoch)
-        with tqdm(total=self.steps, desc="detect oscillation", leave=False, disable=not distributed.is_main()) as bar:
+        with progress(None, "detect oscillation", total=self.steps) as bar:
 
             def train_step(batch) -> None:
                 nonlocal done
