@@ -156,6 +156,11 @@ def find_all(directory: Path) -> list[Path]:
     return [path for path in (directory / LAST, *earlier) if path.is_file()]
 
 
+def stamps(directory: Path) -> dict[str, int]:
+    """When each checkpoint in `directory` was written, to tell whether another process has been there."""
+    return {path.name: path.stat().st_mtime_ns for path in directory.glob("*.pth")}
+
+
 def holds_a_run(directory: Path) -> bool:
     """Whether a new run in `directory` would overwrite one, be it without a checkpoint to go on from."""
     log = directory / LOG

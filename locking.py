@@ -37,7 +37,10 @@ def exclusive(directory: Path, option: str) -> Iterator[None]:
 def _locked(lock: TextIO, path: Path) -> bool:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Who held it before may have removed it meanwhile, and a third process may have made it anew.
-        return path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno()))
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)  # else this file system has no locks
+    # Who held it before may have removed it meanwhile, and a third process may have made it anew.
+    try:
+        return os.path.samestat(path.stat(), os.fstat(lock.fileno()))
+    except FileNotFoundError:
+        return False

@@ -93,15 +93,19 @@ def build_model(
 ) -> nn.Module:
     """Raises UserError for a model that cannot be quantized or does not take the input size."""
     own_size = model_input_size(name, option)
-    options = {"num_classes": num_classes}
-    if drop_path > 0:
-        options["drop_path_rate"] = drop_path
+    options = {"num_classes": num_classes, "drop_path_rate": drop_path}
     if input_size != own_size:
         options["img_size"] = input_size
     if recipe.quantizes:
         options["quant"] = recipe
     try:
-        model = timm.create_model(name, **options)
+        try:
+            model = timm.create_model(name, **options)
+        except TypeError as error:
+            if drop_path > 0 or "drop_path_rate" not in str(error):
+                raise
+            del options["drop_path_rate"]  # a model without stochastic depth
+            model = timm.create_model(name, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         if recipe.quantizes and "quant" in str(error):
             raise UserError(
@@ -166,7 +170,7 @@ def find_resume(args: argparse.Namespace) -> list[Path]:
     out = args.output_dir
     present = [] if out is None else checkpoint.find_all(out)
     if args.resume == "auto":
-        if not present and out is not None and checkpoint.holds_a_run(out):
+        if not present and not args.eval and checkpoint.holds_a_run(out):
             say(f"note    {out} holds a run without a checkpoint to go on from; it begins anew")
         return present
     elsewhere = args.resume and out is not None and Path(args.resume).resolve().parent != out.resolve()
@@ -276,6 +280,8 @@ def train(
     device: torch.device,
 ) -> None:
     """Everything is checked before the output directory is made."""
+    directory = output_directory(args)
+    present = checkpoint.stamps(directory)
     resume = find_resume(args)
     identity["optimizer"] = "RampingAdamW" if args.q_ramping else "AdamW"
     identity |= {f"--{name.replace('_', '-')}": getattr(args, name) for name in SAME_ON_RESUME}
@@ -346,8 +352,9 @@ def train(
     if args.check_ranks is not None:
         done = progress.epoch * len(loaders.train) + progress.sums.steps
         check = RankCheck(model, optimizer, args.check_ranks, step=done)
-    directory = output_directory(args)
     with exclusive(directory, "--output-dir") if distributed.is_main() else nullcontext():
+        if distributed.is_main() and checkpoint.stamps(directory) != present:
+            raise UserError(f"--output-dir {directory} must be free, another process was there until now; start again")
         if laboratory is not None:
             oscillation_log.start(directory / oscillation_log.FILE_NAME, progress.epoch)
         describe(args, model, identity["recipe"], loaders, device, directory, num_parameters)

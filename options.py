@@ -309,7 +309,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     argv = sys.argv[1:] if argv is None else argv
     for option, value in zip(argv, [*argv[1:], None]):
-        if option.startswith("--") and (value == "" or option.endswith("=")):
+        if option.startswith("--") and (value == "" or option.find("=") == len(option) - 1):
             raise UserError(
                 f"{option.rstrip('=')} needs a value, got an empty one; is a variable of the shell not set?"
             )

@@ -92,7 +92,7 @@ def _drop_epochs(path: Path, first: int) -> None:
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < first]
-        if any(not line.startswith("{") for line in lines):
+        if lines and not lines[0].startswith(("{", "\0")):  # some file systems leave zeros where power fails
             raise ValueError("no JSON object")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} must be a run's log, it holds something else; move it away") from error

@@ -112,7 +112,10 @@ class Training:
     """Epoch and step of the last checkpoint."""
 
     def run(self, log: RunLog) -> None:
-        """Raises Stopped after a signal and NonFiniteSteps where training diverges, both with a checkpoint written."""
+        """Raises Stopped after a signal, with a checkpoint written, and NonFiniteSteps where training diverges.
+
+        Where steps were skipped that has one of before them; where the held-out loss ends as NaN the older ones stay.
+        """
         say(TABLE_HEAD)
         for epoch in range(self.progress.epoch, self.epochs):
             numbers = self._train(epoch)
@@ -120,7 +123,13 @@ class Training:
             if self.laboratory is not None:
                 log.oscillation(self.laboratory.after_epoch(epoch, (epoch + 1) * len(self.loaders.train)))
             numbers |= self._evaluate()
-            is_best = numbers["test_acc1"] > self.progress.best_acc1 and math.isfinite(numbers["test_loss"])
+            finite = math.isfinite(numbers["test_loss"])
+            if epoch + 1 == self.epochs and not finite:  # such an end is not saved as one
+                say(table_row(numbers, self.epochs))
+                raise NonFiniteSteps(
+                    f"the held-out loss after the last epoch is {numbers['test_loss']}; lower --lr or warm up longer"
+                )
+            is_best = numbers["test_acc1"] > self.progress.best_acc1 and finite
             self.progress.epoch += 1
             if is_best:
                 self.progress.best_acc1 = numbers["test_acc1"]
@@ -133,10 +142,6 @@ class Training:
             say(table_row(numbers, self.epochs))
             if epoch + 1 < self.epochs and self.interrupts.agreed():
                 self._stop()
-        if not math.isfinite(numbers["test_loss"]):
-            raise NonFiniteSteps(
-                f"the held-out loss after the last epoch is {numbers['test_loss']}; lower --lr or warm up longer"
-            )
 
     def _train(self, epoch: int) -> dict[str, float]:
         """The epoch's steps that are left, with the detection that precedes the first."""

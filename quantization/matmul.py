@@ -67,6 +67,8 @@ def take_lost_groups(device: torch.device) -> Tensor:
     """int64 [1]: the groups that FP8 operands have lost on `device` since the last call."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    if device not in _LOST:
+        return torch.zeros(1, dtype=torch.int64, device=device)
     forward, backward = lost_counters(device)
     count = forward + backward.grad.to(torch.int64)
     forward.zero_()

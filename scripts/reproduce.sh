@@ -7,5 +7,6 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [ -d "${DATA_PATH:-}" ]; then export DATA_PATH="$(cd "$DATA_PATH" && pwd)"; fi
 source "$root/scripts/setup.sh"
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec python -m reproduction "$@"
+# python -m reproduction, but never one that lies in the caller's directory.
+exec python -c 'import runpy, sys; sys.path[0] = sys.argv.pop(1)
+runpy.run_module("reproduction", run_name="__main__", alter_sys=True)' "$root" "$@"

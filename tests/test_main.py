@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.layers import DropPath
 
 import checkpoint
 import laboratory
@@ -574,6 +575,21 @@ class TestMistakes:
             fails([*TINY, "--output-dir", "out"], "--output-dir out must be free, another process works there", capsys)
         assert main([*TINY, "--epochs", "1", "--output-dir", "out"]) == 0 and not Path("out/.lock").exists()
 
+    def test_another_process_was_there_until_now(self, monkeypatch, capsys):
+        assert main([*TINY, "--epochs", "1", "--output-dir", "out"]) == 0
+        build = program.build_criterion
+
+        def slow(*arguments):
+            os.utime("out/checkpoint.pth")  # written again, between our look at it and the lock
+            return build(*arguments)
+
+        monkeypatch.setattr(program, "build_criterion", slow)
+        before = {p: p.read_bytes() for p in Path("out").iterdir() if p.is_file()}
+        arguments = [*TINY, "--epochs", "1", "--track-oscillation", "--output-dir", "out", "--resume", "auto"]
+        monkeypatch.setattr(checkpoint.Run, "restore", lambda self, state: None)  # else it would be done already
+        assert main(arguments) == 2 and "another process was there until now" in capsys.readouterr().err
+        assert before == {p: p.read_bytes() for p in Path("out").iterdir() if p.is_file()}
+
     def test_weights_without_the_head_are_for_training_alone(self, capsys):
         model = timm.create_model("deit_micro_patch4_32", img_size=8, num_classes=17, quant=Recipe())
         torch.save(model.state_dict(), "w.pth")
@@ -590,6 +606,11 @@ class TestMistakes:
             fails(arguments, "out/log.txt must be a run's log, it holds something else", capsys)
             assert [path.name for path in Path("out").iterdir()] == ["log.txt"]
             assert Path("out/log.txt").read_text() == content
+        Path("out/log.txt").write_bytes(bytes(9))  # which some file systems leave where power fails
+        assert main([*TINY, "--epochs", "1", "--output-dir", "out", "--resume", "auto"]) == 0
+        printed = capsys.readouterr().out
+        assert "out holds a run without a checkpoint to go on from; it begins anew" in printed
+        assert len(lines_of(Path("out/log.txt"))) == 1
 
     def test_weights_that_do_not_fit(self, capsys):
         torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), "tiny.pth")
@@ -775,6 +796,16 @@ def test_a_script_with_a_wrong_number_of_gpus():
         command, env = ["bash", script, "small", "mxfp4"], os.environ | {"NUM_GPUS": number}
         result = subprocess.run(command, env=env, capture_output=True, text=True)
         assert result.returncode == 2 and f"NUM_GPUS must be a whole number from 1 on, got {number};" in result.stderr
+
+
+def test_without_drop_path_no_model_has_stochastic_depth():
+    """Swin's own default is another; a model that has none takes 0."""
+    for name in ("swin_tiny_patch4_window7_224", "deit_micro_patch4_32"):
+        model = program.build_model(name, 10, 224, 0.0, RECIPES["none"])
+        assert not any(isinstance(module, DropPath) and module.drop_prob for module in model.modules())
+        model = program.build_model(name, 10, 224, 0.2, RECIPES["none"])
+        assert any(isinstance(module, DropPath) and module.drop_prob for module in model.modules())
+    assert program.build_model("repvit_m0_9", 10, 224, 0.0, RECIPES["none"]).num_classes == 10
 
 
 def test_a_model_with_a_number_as_its_patch_size():
