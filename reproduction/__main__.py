@@ -47,8 +47,9 @@ def build_parser() -> Parser:
 def choose(kind: str, name: str, choices: list[str]) -> None:
     """Raises UserError, with the nearest names, for a name that is no choice."""
     if name not in choices:
-        near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5) or choices
-        raise UserError(f"{kind} must be one of {', '.join(choices)}; got {name!r}, did you mean {' or '.join(near)}?")
+        near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+        meant = f", did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f"{kind} must be one of {', '.join(choices)}; got {name!r}{meant}")
 
 
 def find_data(protocol: Protocol, name: str, given: Path | None) -> Path | None:
