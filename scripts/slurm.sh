@@ -16,11 +16,13 @@ set -euo pipefail
 
 CHECKPOINT_WRITTEN=75
 
-# Wait for process $1, however often a signal interrupts, and return its exit code.
+# Wait for process $1, however often a signal interrupts, and return its exit code. A signal's trap sets `signalled`:
+# the process may have ended while the trap ran, and bash remembers its code.
 wait_for() {
-    local code=0
-    wait "$1" || code=$?
-    while kill -0 "$1" 2>/dev/null; do
+    local code
+    signalled=yes
+    while [ "$signalled" ]; do
+        signalled=
         code=0
         wait "$1" || code=$?
     done
@@ -35,7 +37,7 @@ if [ "${1:-}" = --node ]; then # on each node: --node HOST:PORT, main.py's optio
         --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint "$endpoint" \
         main.py "$@" --resume auto &
     launcher=$!
-    trap 'pkill -USR1 -P "$launcher" || true' USR1 # the training processes are its children
+    trap 'signalled=yes; pkill -USR1 -P "$launcher" || true' USR1 # the training processes are its children
     code=0
     wait_for "$launcher" || code=$?
     exit "$code"
@@ -58,7 +60,7 @@ port=$((20000 + SLURM_JOB_ID % 20000))
 # A node whose torchrun ends takes the others along after half a minute: enough for all to end by themselves.
 srun --kill-on-bad-exit=0 --wait=30 bash scripts/slurm.sh --node "$host:$port" "$@" &
 step=$!
-trap 'kill -USR1 "$step"' USR1 # srun passes it on to every node
+trap 'signalled=yes; kill -USR1 "$step" || true' USR1 # srun passes it on to every node
 code=0
 wait_for "$step" || code=$?
 if [ "$code" -eq "$CHECKPOINT_WRITTEN" ]; then scontrol requeue "$SLURM_JOB_ID"; fi

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,8 +37,21 @@ time.sleep(60)
 
 
 @pytest.fixture
-def job(tmp_path):
-    """job(*options): the batch script, running."""
+def port() -> int:
+    """A free one in the script's range, since tests run side by side."""
+    while True:
+        number = random.randrange(20_000, 40_000)
+        with socket.socket() as free:
+            try:
+                free.bind(("localhost", number))
+                return number
+            except OSError:
+                continue
+
+
+@pytest.fixture
+def job(tmp_path, port):
+    """job(*options): the batch script, running as job 20000 + port, which gives it that port."""
     (tmp_path / "bin").mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / "bin" / name).write_text(text)
@@ -49,7 +64,7 @@ def job(tmp_path):
         "PATH": f"{tmp_path / 'bin'}:{bin_of_python}:{os.environ['PATH']}",
         "VIRTUAL_ENV": str(bin_of_python.parent),
         "SLURM_SUBMIT_DIR": str(tmp_path),
-        "SLURM_JOB_ID": "41234",
+        "SLURM_JOB_ID": str(20_000 + port),
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_NNODES": "1",
         "SLURM_GPUS_ON_NODE": "2",
@@ -67,7 +82,7 @@ def job(tmp_path):
         process.stderr.close()
 
 
-def test_the_signal_reaches_training_and_a_written_checkpoint_requeues(job, tmp_path):
+def test_the_signal_reaches_training_and_a_written_checkpoint_requeues(job, port, tmp_path):
     process = job("--output-dir", "out", "--code", "wait")
     ranks = [tmp_path / f"started-{rank}" for rank in range(2)]
     deadline = time.monotonic() + 120
@@ -79,10 +94,26 @@ def test_the_signal_reaches_training_and_a_written_checkpoint_requeues(job, tmp_
     assert process.returncode == 75, error
     assert all((tmp_path / f"told-{rank}").exists() for rank in range(2))
     assert ranks[0].read_text() == "--output-dir out --code wait --resume auto"
-    assert (tmp_path / "scontrol-lines").read_text() == "requeue 41234\n"
+    assert (tmp_path / "scontrol-lines").read_text() == f"requeue {20_000 + port}\n"
     line = (tmp_path / "srun-line").read_text().strip()
     options = "--kill-on-bad-exit=0 --wait=30"
-    assert line == f"{options} bash scripts/slurm.sh --node localhost:21234 --output-dir out --code wait"
+    assert line == f"{options} bash scripts/slurm.sh --node localhost:{port} --output-dir out --code wait"
+
+
+def test_training_may_end_while_the_signal_travels(job, port, tmp_path):
+    """The script passes it on, and by the time that it looks again training has written its checkpoint."""
+    slow = tmp_path / "bin" / "pkill"
+    slow.write_text('#!/bin/bash\n/usr/bin/env -i PATH=/usr/bin:/bin pkill "$@"\nsleep 5\n')
+    slow.chmod(0o755)
+    process = job("--output-dir", "out", "--code", "wait")
+    deadline = time.monotonic() + 120
+    while not all((tmp_path / f"started-{rank}").exists() for rank in range(2)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGUSR1)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert (tmp_path / "scontrol-lines").read_text() == f"requeue {20_000 + port}\n"
 
 
 def test_any_other_code_is_the_jobs_and_does_not_requeue(job, tmp_path):
