@@ -95,19 +95,20 @@ LARGEST = {int: 2**31 - 1, float: 1e30}  # what C and fp32 take
 
 
 def number(kind: type, low: float, high: float | None = None, open_high: bool = False):
-    """An argparse type: a `kind` in [low, high], or in [low, high) if `open_high`; `high` is at most LARGEST[kind]."""
-    limits = f"at least {low}" if high is None else f"from {low} to {high}"
-    high = LARGEST[kind] if high is None else high
+    """An argparse type: a `kind` in [low, high], or in [low, high) if `open_high`; `high` is LARGEST[kind] if None."""
+    highest = LARGEST[kind] if high is None else high
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not (low <= value < high if open_high else low <= value <= high):
-            more = f" and at most {high}" if "from" not in limits and high < value < float("inf") else ""
+        if not (low <= value < highest if open_high else low <= value <= highest):
+            limits = f"at least {low}" if high is None else f"from {low} to {high}"
+            if high is None and highest < value < float("inf"):
+                limits += f" and at most {highest}"
             raise argparse.ArgumentTypeError(
-                f"needs {'a whole number' if kind is int else 'a number'} {limits}{more}"
+                f"needs {'a whole number' if kind is int else 'a number'} {limits}"
                 f"{', exclusive' if open_high else ''}, got {text!r}"
             )
         return value

@@ -62,8 +62,7 @@ def busy(environment):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         with subprocess.Popen([sys.executable, "-c", script, directory], env=environment, **pipes) as process:
             assert process.stdout.readline() == b"here\n"
-            yield
-            process.stdin.close()
+            yield  # at whose end `with` closes the pipe that it reads
 
     return held
 

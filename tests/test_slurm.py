@@ -21,8 +21,9 @@ echo "$@" > srun-line
 while [[ "$1" == --* ]]; do shift; done
 exec "$@"
 """
+# Its list of nodes comes in pieces: who stops reading after the first one breaks the pipe.
 SCONTROL = """#!/bin/bash
-if [ "$1" = show ]; then printf 'localhost\\nnode2\\n'; else echo "$@" >> scontrol-lines; fi
+if [ "$1" = show ]; then echo localhost; sleep 0.2; echo node2; else echo "$@" >> scontrol-lines; fi
 """
 # A training that exits with its option's code, or waits for the signal and then has written a checkpoint.
 TRAINING = """
@@ -82,18 +83,23 @@ def job(tmp_path, port):
         process.stderr.close()
 
 
+def wait_for_training(process: subprocess.Popen, directory: Path) -> None:
+    """Until both ranks are there."""
+    deadline = time.monotonic() + 120
+    while not all((directory / f"started-{rank}").exists() for rank in range(2)):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def test_the_signal_reaches_training_and_a_written_checkpoint_requeues(job, port, tmp_path):
     process = job("--output-dir", "out", "--code", "wait")
-    ranks = [tmp_path / f"started-{rank}" for rank in range(2)]
-    deadline = time.monotonic() + 120
-    while not all(path.exists() for path in ranks) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.2)
+    wait_for_training(process, tmp_path)
     process.send_signal(signal.SIGUSR1)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 75, error
     assert all((tmp_path / f"told-{rank}").exists() for rank in range(2))
-    assert ranks[0].read_text() == "--output-dir out --code wait --resume auto"
+    assert (tmp_path / "started-0").read_text() == "--output-dir out --code wait --resume auto"
     assert (tmp_path / "scontrol-lines").read_text() == f"requeue {20_000 + port}\n"
     line = (tmp_path / "srun-line").read_text().strip()
     options = "--kill-on-bad-exit=0 --wait=30"
@@ -106,10 +112,7 @@ def test_training_may_end_while_the_signal_travels(job, port, tmp_path):
     slow.write_text('#!/bin/bash\n/usr/bin/env -i PATH=/usr/bin:/bin pkill "$@"\nsleep 5\n')
     slow.chmod(0o755)
     process = job("--output-dir", "out", "--code", "wait")
-    deadline = time.monotonic() + 120
-    while not all((tmp_path / f"started-{rank}").exists() for rank in range(2)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_for_training(process, tmp_path)
     process.send_signal(signal.SIGUSR1)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 75, error
@@ -127,21 +130,10 @@ def test_the_launcher_ended_by_a_signal(job, tmp_path):
     """torchrun's launcher tells its processes by SIGTERM, which leave a checkpoint, and ends with the shell's code."""
     script = TRAINING.replace("SIGUSR1", "SIGTERM")
     (tmp_path / "main.py").write_text(script)
-    command = [
-        sys.executable,
-        "scripts/launch.py",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "main.py",
-        "--code",
-        "wait",
-    ]
+    command = [sys.executable, "scripts/launch.py", "--standalone", "--nproc-per-node", "2"]
+    command += ["main.py", "--code", "wait"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while not all((tmp_path / f"started-{rank}").exists() for rank in range(2)):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_for_training(process, tmp_path)
         process.terminate()
         _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and all((tmp_path / f"told-{rank}").exists() for rank in range(2))
