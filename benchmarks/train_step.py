@@ -66,8 +66,8 @@ VARIANTS = {
     "TetraJet, bf16 matmuls": Variant(Recipe(), matmul="bf16"),
     "TetraJet": Variant(Recipe()),
     "TetraJet, graph": Variant(Recipe(), graph=True),
-    "TetraJet + Q-EMA, graph": Variant(Recipe().with_q_ema(), graph=True),
-    "TetraJet + Q-Ramping, graph": Variant(Recipe(), ramping=True, graph=True),
+    "TetraJet + Q-EMA, compiled, graph": Variant(Recipe().with_q_ema(), compiled=True, graph=True),
+    "TetraJet + Q-Ramping, compiled, graph": Variant(Recipe(), ramping=True, compiled=True, graph=True),
     "TetraJet, compiled": Variant(Recipe(), compiled=True),
     "TetraJet, compiled, graph": Variant(Recipe(), compiled=True, graph=True),
 }

@@ -13,8 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from .linear import quant_linears
+from .operators import HAS_TRITON
 from .shards import local
 from .step_count import count_steps
+
+if HAS_TRITON:
+    from . import lerp_kernel, multi_tensor
+else:
+    lerp_kernel = None
 
 
 class QEma:
@@ -52,6 +58,9 @@ def lerp_unless(skip: Tensor | None, averages: list[Tensor], targets: list[Tenso
     `skip` may be on the device, which alone reads it. Without it, or where it is 0, the bits are those of `lerp_`. All
     tensors must be finite.
     """
+    if skip is not None and lerp_kernel is not None and multi_tensor.fits((skip, *averages, *targets)):
+        lerp_kernel.step(averages, targets, weight, skip)
+        return
     if skip is not None:  # to go towards itself is to stay; sums with 0 are exact
         targets = torch._foreach_mul(targets, 1 - skip)
         torch._foreach_add_(targets, torch._foreach_mul(averages, skip))

@@ -20,7 +20,8 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_train_step_on_a_cpu(tmp_path):
-    variants = ["bf16", "TetraJet", "TetraJet, reference", "TetraJet + Q-EMA, graph", "TetraJet + Q-Ramping, graph"]
+    variants = ["bf16", "TetraJet", "TetraJet, reference", "TetraJet, graph"]
+    variants += [f"TetraJet + {method}, compiled, graph" for method in ("Q-EMA", "Q-Ramping")]
     small = ["--models", "deit_micro_patch4_32", "--batch-size", "2", "--steps", "1", "--device", "cpu"]
     small += ["--lock", str(tmp_path / "lock")]
     result = run("train_step.py", *small, "--variants", *variants, "--csv", str(tmp_path / "new" / "step.csv"))

@@ -127,3 +127,19 @@ def test_an_update_does_not_wait(how, device, host_must_not_wait):
     update()
     with host_must_not_wait():
         update()
+
+
+@pytest.mark.parametrize("weight", [0.002, 0.7])
+def test_the_kernel_of_averages(weight, randn, device, assert_same_bits):
+    """Several tensors, of more than one chunk and of less, in one launch; nothing moves where the step is skipped."""
+    lerp_kernel = pytest.importorskip("quantization.lerp_kernel", exc_type=ImportError)
+    shapes = ((70, 45), (3,), (5000,))
+    averages, targets = ([randn(*shape) for shape in shapes] for _ in range(2))
+    expected = [average.lerp(target, weight) for average, target in zip(averages, targets)]
+    for called_off in (0.0, 1.0):
+        lerp_kernel.step(averages, targets, weight, torch.tensor(called_off, device=device))
+        for got, want in zip(averages, expected):
+            if device.type == "cuda":
+                assert_same_bits(got, want)
+            else:  # the interpreter knows no fused multiply-add
+                torch.testing.assert_close(got, want, rtol=1e-6, atol=3e-7)

@@ -1,0 +1,56 @@
+"""What lets one Triton launch work on many tensors: a table of their addresses, and the chunks that programs take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 2048
+"""Elements for one program."""
+
+
+@triton.jit
+def pointer(table_ptr, row, column: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.load(table_ptr + row * COLUMNS + column).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def chunk(chunks_ptr, skip_ptr, CHUNK: tl.constexpr):
+    """Row of the table, elements and mask of this program; in a skipped step, nothing is read or written."""
+    row = tl.load(chunks_ptr + tl.program_id(0) * 3)
+    first = tl.load(chunks_ptr + tl.program_id(0) * 3 + 1)
+    size = tl.load(chunks_ptr + tl.program_id(0) * 3 + 2)
+    at = first + tl.arange(0, CHUNK)
+    return row, at, at < tl.where(tl.load(skip_ptr) == 0, size, 0)
+
+
+def fits(tensors: Iterable[Tensor]) -> bool:
+    """Whether a kernel takes these: fp32, on a GPU, contiguous."""
+    return all(t.is_cuda and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+
+
+def addresses(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> Tensor:
+    """int64, one row a row of tensors on `device`, 0 for None. Nothing waits for the device."""
+    return _addresses(tuple(tuple(0 if t is None else t.data_ptr() for t in row) for row in rows), device)
+
+
+@lru_cache(maxsize=16)
+def _addresses(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    return to_device(torch.tensor(rows, dtype=torch.int64), device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that nothing waits for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@lru_cache(maxsize=16)
+def chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Row of the table, first element and number of elements for every program."""
+    rows = [(row, first, size) for row, size in enumerate(sizes) for first in range(0, size, CHUNK)]
+    return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 3)
