@@ -626,44 +626,44 @@ def quantize(
     if pack:
         codes_RB = torch.empty(rows, _num_bytes(length), dtype=torch.uint8, device=device)
         scales_RG = torch.empty(rows, groups, dtype=torch.uint8, device=device)
-    if x_RL.numel():
-        ema = x_RL if ema_RL is None else ema_RL
-        block_r, block_g = _blocks(x_RL.stride(1) == 1, groups)
-        grid = (triton.cdiv(rows, block_r), triton.cdiv(groups, block_g))
-        _quantize_kernel[grid](
-            x_RL,
-            ema,
-            ema_active,
-            key,
-            values_RL,
-            codes_RB,
-            scales_RG,
-            largest,
-            operand_scale,
-            lost,
-            rows,
-            length,
-            _num_bytes(length),
-            values_length,
-            *x_RL.stride(),
-            *ema.stride(),
-            MANTISSA=fmt.mantissa_bits,
-            MIN_EXPONENT=fmt.min_exponent,
-            MAX_EXPONENT=fmt.max_exponent,
-            MAX_MANTISSA=fmt.max_mantissa,
-            TRUNCATION_FREE=scaling is Scaling.TRUNCATION_FREE,
-            ROUNDING=_ROUNDING_INDEX[rounding],
-            HAS_EMA_ACTIVE=ema_active is not None,
-            VALUES=values_dtype is not None,
-            LIMIT=0.0 if fp8 is not None else torch.finfo(values_dtype or torch.float32).max,
-            FP8=fp8 is not None,
-            FP8_TOP=top,
-            FP8_BOTTOM=bottom,
-            PACK=pack,
-            BLOCK_R=block_r,
-            BLOCK_G=block_g,
-            num_warps=1,
-        )
+    ema = x_RL if ema_RL is None else ema_RL
+    block_r, block_g = _blocks(x_RL.stride(1) == 1, groups)
+    # An empty tensor has a scale, too, which one program writes.
+    grid = (max(triton.cdiv(rows, block_r), 1), max(triton.cdiv(groups, block_g), 1))
+    _quantize_kernel[grid](
+        x_RL,
+        ema,
+        ema_active,
+        key,
+        values_RL,
+        codes_RB,
+        scales_RG,
+        largest,
+        operand_scale,
+        lost,
+        rows,
+        length,
+        _num_bytes(length),
+        values_length,
+        *x_RL.stride(),
+        *ema.stride(),
+        MANTISSA=fmt.mantissa_bits,
+        MIN_EXPONENT=fmt.min_exponent,
+        MAX_EXPONENT=fmt.max_exponent,
+        MAX_MANTISSA=fmt.max_mantissa,
+        TRUNCATION_FREE=scaling is Scaling.TRUNCATION_FREE,
+        ROUNDING=_ROUNDING_INDEX[rounding],
+        HAS_EMA_ACTIVE=ema_active is not None,
+        VALUES=values_dtype is not None,
+        LIMIT=0.0 if fp8 is not None else torch.finfo(values_dtype or torch.float32).max,
+        FP8=fp8 is not None,
+        FP8_TOP=top,
+        FP8_BOTTOM=bottom,
+        PACK=pack,
+        BLOCK_R=block_r,
+        BLOCK_G=block_g,
+        num_warps=1,
+    )
     return Quantized(values_RL, codes_RB, scales_RG, operand_scale)
 
 
@@ -762,49 +762,48 @@ def _quantize_columns(
     groups = triton.cdiv(num_rows, GROUP_SIZE)
     block_c = min(max(triton.next_power_of_2(length), GROUP_SIZE), _COLUMN_BLOCK)
     block_t = min(_COLUMN_TILE // block_c, triton.next_power_of_2(max(groups, 1)))
-    tiles = triton.cdiv(groups, block_t)
-    if with_sum:  # one row of partial sums a tile; no tile, no row, and the sum is zero
+    tiles = max(triton.cdiv(groups, block_t), 1)  # an empty matrix has a scale, and sums of zero
+    if with_sum:  # one row of partial sums a tile
         sums = torch.empty(tiles, length, dtype=torch.float32, device=device)
-    if num_rows * length:
-        fmt, source_fmt = q.element.format, source_q.element.format
-        bottom, top = (0, 0) if fp8 is None else fp8_range(fp8, fmt)
-        _quantize_columns_kernel[(tiles, triton.cdiv(length, block_c))](
-            x,
-            codes,
-            scales,
-            key,
-            largest,
-            values_CN,
-            scale,
-            sums,
-            lost,
-            num_rows,
-            length,
-            _num_bytes(length),
-            stride,
-            values_length,
-            PACKED=codes is not None,
-            SOURCE_MANTISSA=source_fmt.mantissa_bits,
-            SOURCE_MIN_EXPONENT=source_fmt.min_exponent,
-            SOURCE_MAX_EXPONENT=source_fmt.max_exponent,
-            SOURCE_MAX_MANTISSA=source_fmt.max_mantissa,
-            SOURCE_TRUNCATION_FREE=source_q.scaling is Scaling.TRUNCATION_FREE,
-            SOURCE_LIMIT=torch.finfo(torch.float32).max,
-            MANTISSA=fmt.mantissa_bits,
-            MIN_EXPONENT=fmt.min_exponent,
-            MAX_EXPONENT=fmt.max_exponent,
-            MAX_MANTISSA=fmt.max_mantissa,
-            TRUNCATION_FREE=q.scaling is Scaling.TRUNCATION_FREE,
-            ROUNDING=_ROUNDING_INDEX[q.rounding],
-            FP8=fp8 is not None,
-            FP8_TOP=top,
-            FP8_BOTTOM=bottom,
-            LIMIT=0.0 if fp8 is not None else torch.finfo(dtype).max,
-            SUM=with_sum,
-            BLOCK_T=block_t,
-            BLOCK_C=block_c,
-            num_warps=max(block_t * block_c // 64, 1),
-        )
+    fmt, source_fmt = q.element.format, source_q.element.format
+    bottom, top = (0, 0) if fp8 is None else fp8_range(fp8, fmt)
+    _quantize_columns_kernel[(tiles, max(triton.cdiv(length, block_c), 1))](
+        x,
+        codes,
+        scales,
+        key,
+        largest,
+        values_CN,
+        scale,
+        sums,
+        lost,
+        num_rows,
+        length,
+        _num_bytes(length),
+        stride,
+        values_length,
+        PACKED=codes is not None,
+        SOURCE_MANTISSA=source_fmt.mantissa_bits,
+        SOURCE_MIN_EXPONENT=source_fmt.min_exponent,
+        SOURCE_MAX_EXPONENT=source_fmt.max_exponent,
+        SOURCE_MAX_MANTISSA=source_fmt.max_mantissa,
+        SOURCE_TRUNCATION_FREE=source_q.scaling is Scaling.TRUNCATION_FREE,
+        SOURCE_LIMIT=torch.finfo(torch.float32).max,
+        MANTISSA=fmt.mantissa_bits,
+        MIN_EXPONENT=fmt.min_exponent,
+        MAX_EXPONENT=fmt.max_exponent,
+        MAX_MANTISSA=fmt.max_mantissa,
+        TRUNCATION_FREE=q.scaling is Scaling.TRUNCATION_FREE,
+        ROUNDING=_ROUNDING_INDEX[q.rounding],
+        FP8=fp8 is not None,
+        FP8_TOP=top,
+        FP8_BOTTOM=bottom,
+        LIMIT=0.0 if fp8 is not None else torch.finfo(dtype).max,
+        SUM=with_sum,
+        BLOCK_T=block_t,
+        BLOCK_C=block_c,
+        num_warps=max(block_t * block_c // 64, 1),
+    )
     return Operand(values_CN, scale), sums.sum(dim=0) if with_sum else None
 
 
@@ -819,5 +818,5 @@ def _filled(length: int) -> int:
 
 def _blocks(along_rows: bool, groups: int) -> tuple[int, int]:
     """Rows and groups of a tile: long in the direction in which memory is contiguous."""
-    block_g = min(8 if along_rows else 2, triton.next_power_of_2(groups))
+    block_g = min(8 if along_rows else 2, triton.next_power_of_2(max(groups, 1)))
     return max(_TILE // (block_g * GROUP_SIZE), 1), block_g

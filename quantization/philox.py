@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch._functorch import compile_utils
 
 from .formats import GROUP_SIZE, RANDOM_BITS
 
@@ -43,11 +44,13 @@ def _randint(count: int, device: torch.device, generator: torch.Generator | None
 
 
 # Graphs of torch.compile would replace `randint` by a generator of their own; in an operator of ours the keys come from
-# PyTorch's generator there, too. The tag keeps two draws from being merged into one. The low-level interface costs a
-# fifth of `torch.library.custom_op`'s time a call.
+# PyTorch's generator there, too. The tag keeps two draws from being merged into one; in PyTorch 2.11, where all layers
+# would get the same keys in the backward pass, a list does. The low-level interface costs a fifth of
+# `torch.library.custom_op`'s time a call.
 _LIBRARY = torch.library.Library("mxfp4", "DEF")
 _LIBRARY.define("draw_keys(int count, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _LIBRARY.impl("draw_keys", _randint, "CompositeExplicitAutograd")
+getattr(compile_utils, "rand_ops", []).append(torch.ops.mxfp4.draw_keys)
 
 
 @torch.library.register_fake("mxfp4::draw_keys")

@@ -180,7 +180,11 @@ def step_parameter(update: Update, skip: Tensor | None = None) -> None:
 
     new_m = m + (gradient - m) * s.weight1
     new_v = v * s.beta2 + s.weight2 * gradient * gradient
-    denominator = new_v.sqrt() / s.correction + s.eps
+    # A tensor, for on a GPU PyTorch divides by a number as it multiplies by the reciprocal, which rounds twice.
+    correction = s.correction
+    if not isinstance(correction, Tensor):
+        correction = torch.full((), correction, dtype=p.dtype, device=p.device)
+    denominator = new_v.sqrt() / correction + s.eps
     numerator = new_m if period is None else new_m * count
     new_p = p + numerator * s.step_size / denominator
 

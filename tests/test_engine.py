@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import TrainStep
+from engine import TrainStep, autocast
 from quantization import RampingAdamW
 
 OPTIMIZERS = [torch.optim.AdamW, RampingAdamW]
@@ -54,7 +54,9 @@ def test_as_torchs_own_over_several_steps(optimizer, batch, device):
     for _ in range(3):
         ours(batch)
         reference.optimizer.zero_grad()
-        reference.criterion(reference.model(batch[0]), batch[1]).backward()
+        with autocast(device):
+            loss = reference.criterion(reference.model(batch[0]), batch[1])
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(reference.model.parameters(), 0.3)
         reference.optimizer.step()
     for p, q in zip(ours.model.parameters(), reference.model.parameters()):
