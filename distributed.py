@@ -94,6 +94,16 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def average(tensors: list[Tensor]) -> None:
+    """Mean over processes, in place, of tensors of one dtype on one device: the bits of DDP's."""
+    if not tensors or world_size() == 1:
+        return
+    together = torch.cat([tensor.flatten() for tensor in tensors]).div_(world_size())
+    dist.all_reduce(together)
+    parts = together.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
+
+
 def any_of(flag: Tensor) -> Tensor:
     """The largest of all processes' flags, in place."""
     if dist.is_initialized():

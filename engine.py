@@ -40,6 +40,7 @@ class TrainStep:
     """
 
     model: nn.Module
+    """Of several processes: DDP's, a sharded one, or one whose gradients the step averages after the backward pass."""
     criterion: nn.Module
     optimizer: torch.optim.Optimizer
     device: torch.device
@@ -49,7 +50,7 @@ class TrainStep:
     clip_grad: float = 0.0
     """Gradients whose norm, over all parameters together, is larger are scaled down to it; 0 leaves them alone."""
     cuda_graph: bool = False
-    """Replay forward and backward pass as one CUDA graph: for one process on a GPU."""
+    """Replay forward and backward pass as one CUDA graph."""
     skips: Skips = field(default_factory=Skips)
     skip: Tensor | None = field(default=None, init=False)
     """Of the newest step: 1 if it was skipped, else 0; fp32, on the device."""
@@ -62,6 +63,7 @@ class TrainStep:
     def __post_init__(self) -> None:
         self._statistics = running_statistics(self.model)
         self._sharded = is_sharded_model(self.model)
+        self._averages = not self._sharded and not isinstance(self.model, DistributedDataParallel)
         self._passes = self._forward_and_backward
         if self.cuda_graph:
             tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -92,9 +94,11 @@ class TrainStep:
             for tensor, old in zip(self._statistics, statistics):
                 tensor.copy_(old)
             raise
+        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        if self._averages:
+            distributed.average(gradients)
         if self.before_update is not None:
             self.before_update()
-        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
         # All on the device, and after the ranks have averaged their gradients.
         norms = torch.stack(torch._foreach_norm(gradients))
         if self._sharded:  # each process has some rows of each gradient

@@ -307,7 +307,7 @@ def train(
     if args.fsdp:
         for whole in (model,) if model_ema is None else (model, model_ema.module):
             sharding.shard(whole, device)
-    elif distributed.world_size() > 1:
+    elif distributed.world_size() > 1 and not args.cuda_graph:
         parallel = distributed.data_parallel(model, device)
     optimizer = build_optimizer(args, model, device)
     scheduler = CosineLRScheduler(

@@ -279,7 +279,7 @@ def build_parser() -> Parser:
         help="keep the inputs of the blocks alone and compute the rest again in the backward pass: less memory",
     )
     group.add_argument(
-        "--cuda-graph", action="store_true", help="replay each step's forward and backward pass; one process on a GPU"
+        "--cuda-graph", action="store_true", help="replay each step's forward and backward pass, on a GPU"
     )
     group.add_argument(
         "--fsdp", action="store_true", help="shard weights and optimizer states over torchrun's processes"
@@ -363,15 +363,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--device cuda needs a GPU that PyTorch can use, found none; use --device cpu or auto")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_processes(args, int(os.environ.get("WORLD_SIZE", "1")))
     if args.cuda_graph and args.device == "cpu":
         raise UserError("--cuda-graph needs a GPU, got --device cpu; drop one of them")
-    if args.cuda_graph and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"--cuda-graph is for one process, got {os.environ['WORLD_SIZE']} by torchrun; drop it")
     if args.cuda_graph and args.checkpoint_activations:
         raise UserError(
             "--checkpoint-activations sets back the random generator, which --cuda-graph cannot record; drop one"
         )
-    check_processes(args, int(os.environ.get("WORLD_SIZE", "1")))
     if args.matmul != "auto" and args.quant in ("none", "int4"):
         raise UserError(
             f"--matmul {args.matmul} multiplies quantized operands, got --quant {args.quant}; add --quant mxfp4"
@@ -461,6 +459,8 @@ def check_processes(args: argparse.Namespace, processes: int) -> None:
         raise UserError("--check-ranks compares processes that train, got --eval; leave one of them out")
     if not args.fsdp:
         return
+    if args.cuda_graph:
+        raise UserError("--fsdp gathers weights during the passes that --cuda-graph would record; drop one of them")
     whole_weights = ("dampen", "freeze", "osci_reset", "track_oscillation", "compile")
     other = next((name for name in whole_weights if is_given(args, name)), None)
     if other or args.quant == "int4":

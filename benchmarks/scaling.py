@@ -1,11 +1,12 @@
 """One training step by one process and by several, each on a GPU of its own: how many more images a second.
 
-    python benchmarks/scaling.py [--model deit_small_patch16_224] [--batch-size 256] [--compile] [--csv FILE]
+    python benchmarks/scaling.py [--model deit_small_patch16_224] [--batch-size 256] [--compile] [--graph] [--csv FILE]
 
 Starts the processes itself. Each trains on random images of its own that lie on its GPU, under bf16 autocast, all of
-them with batches of the same size: DDP gives each the whole model, FSDP2 a part of it (`main.py --fsdp`). Steps follow
-one another without a break, as in training. Milliseconds are the slowest process's median with 20th and 80th
-percentiles, memory is the first one's peak. After DDP's steps all processes must hold the same weights.
+them with batches of the same size: DDP gives each the whole model, FSDP2 a part of it (`main.py --fsdp`). With
+`--graph`, each replays its passes as a CUDA graph and gradients are averaged after them (`main.py --cuda-graph`).
+Steps follow one another without a break, as in training. Milliseconds are the slowest process's median with 20th and
+80th percentiles, memory is the first one's peak. At the end all processes must hold the same weights.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ QUEUED = 0.05  # seconds of other work before the first timed step; from there o
 
 
 def measure(recipe: str, how: str, args: argparse.Namespace, device: torch.device) -> dict:
-    """All processes must call it; `how` is "alone", "DDP" or "FSDP2". Raises RanksDiffer."""
+    """All processes must call it; `how` is "alone", "DDP", "FSDP2" or "graphs". Raises RanksDiffer."""
     torch._dynamo.reset()
     gc.collect()  # models refer to themselves in circles
     torch.manual_seed(0)
@@ -57,7 +58,7 @@ def measure(recipe: str, how: str, args: argparse.Namespace, device: torch.devic
     images = torch.randn(4, args.batch_size, 3, *size, device=device)
     labels = torch.randint(0, classes, (4, args.batch_size), device=device)
     batches = cycle(zip(images, labels))
-    step = TrainStep(parallel, F.cross_entropy, optimizer, device)
+    step = TrainStep(parallel, F.cross_entropy, optimizer, device, cuda_graph=args.graph)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = timed(lambda: step(next(batches)), device, WARM_UP, args.steps, behind=QUEUED)
@@ -68,7 +69,7 @@ def measure(recipe: str, how: str, args: argparse.Namespace, device: torch.devic
     speed = 1000 * args.batch_size * distributed.world_size() / median
     return {
         **{"model": args.model, "batch": args.batch_size, "recipe": recipe, "how": how},
-        **{"compiled": args.compile, "processes": distributed.world_size()},
+        **{"compiled": args.compile, "graph": args.graph, "processes": distributed.world_size()},
         **{"ms": round(median, 2), "ms_20": round(low, 2), "ms_80": round(high, 2)},
         **{"img_per_s": round(speed), "peak_gib": round(peak, 2)},
     }
@@ -81,7 +82,8 @@ def work(rank: int, processes: int, port: int, args: argparse.Namespace, results
         there |= {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": True}
         os.environ |= {name: str(value) for name, value in (there | {"TORCHELASTIC_RESTART_COUNT": 0}).items()}
     device = distributed.start(args.device)
-    ways = ["alone"] if processes == 1 else ["DDP"] if args.compile else ["DDP", "FSDP2"]
+    ways = ["graphs"] if args.graph else ["DDP"] if args.compile else ["DDP", "FSDP2"]
+    ways = ["alone"] if processes == 1 else ways
     for how in ways:
         for recipe in args.recipes:
             row = measure(recipe, how, args, device)
@@ -112,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=positive, help="default: as many as there are GPUs; two on a CPU")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, help="default: all")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model; without FSDP2")
+    parser.add_argument("--graph", action="store_true", help="replay CUDA graphs; without DDP and FSDP2")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
     parser.add_argument("--csv", type=csv_file, help="append one row a measurement to this file")
     args = parser.parse_args(argv)
@@ -126,12 +129,16 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if args.graph and args.device == "cpu":
+        print("scaling.py: error: --graph records what a GPU does; leave it out with --device cpu", file=sys.stderr)
+        return 2
     alone: dict[str, float] = {}
     for processes in (1, wanted):
         for row in rows(processes, args):
             if not alone:
                 print(", ".join(f"{key} {row[key]}" for key in ("device", "torch", "triton", "timm", "commit")), end="")
-                print(f"; {args.model}, batch {args.batch_size} each{', compiled' if args.compile else ''}\n")
+                more = ", compiled" * args.compile + ", CUDA graphs" * args.graph
+                print(f"; {args.model}, batch {args.batch_size} each{more}\n")
                 print("| recipe | processes | ms a step (20 %, 80 %) | img/s | / one process | peak GiB |")
                 print("| --- | --- | --- | --- | --- | --- |")
             ratio = row["img_per_s"] / alone.setdefault(row["recipe"], row["img_per_s"])

@@ -105,6 +105,7 @@ def test_scaling_without_two_gpus_one_line():
         ("tracking.py", ["--rounds", "0"], "must be at least 1, got 0"),
         ("tracking.py", ["--device", "cpu", "--graph"], "--graph records what a GPU does; leave it out"),
         ("scaling.py", ["--device", "cpu", "--processes", "1"], "--processes must be at least 2"),
+        ("scaling.py", ["--device", "cpu", "--graph"], "--graph records what a GPU does; leave it out"),
     ],
 )
 def test_a_mistake_is_one_line(script, arguments, message):

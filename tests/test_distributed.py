@@ -308,6 +308,50 @@ def test_a_rank_that_fails_ends_the_job(end, tmp_path, torchrun):
         assert re.search(r"rank\s*: 1 .*\n.*exitcode\s*: -9", result.stderr)
 
 
+# The same steps on DDP's model and on a plain one, whose gradients the step averages; the latter as a graph on GPUs.
+AVERAGED = """
+import copy, sys
+import torch, torch.nn.functional as F
+import distributed, timm
+from engine import TrainStep
+from quantization import Recipe
+
+device = distributed.start(sys.argv[1])
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.manual_seed(0)
+plain = timm.create_model("deit_nano_patch4_32", num_classes=10, depth=2, quant=Recipe()).to(device)
+model = copy.deepcopy(plain)
+
+def train(parallel, model, micro_batches, **options):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    step = TrainStep(parallel, F.cross_entropy, optimizer, device, accumulate_steps=micro_batches, **options)
+    torch.manual_seed(1 + distributed.rank())
+    losses = [step((torch.randn(4, 3, 32, 32), torch.arange(4)))[0] for _ in range(6)]
+    return torch.stack(losses)
+
+for micro_batches in (1, 2):
+    ours = train(plain, plain, micro_batches, cuda_graph=device.type == "cuda")
+    theirs = train(distributed.data_parallel(model, device), model, micro_batches)
+    assert torch.equal(ours, theirs), (ours, theirs)
+    for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    losses = distributed.all_gather(ours)
+    assert not torch.equal(losses[0], losses[1])
+    hashes = distributed.gather([p.double().sum().item() for p in plain.parameters()])
+    assert hashes[0] == hashes[1]
+distributed.stop()
+"""
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_gradients_that_the_step_averages(kind, tmp_path, torchrun):
+    """Bit for bit what DDP makes of them, micro-batches included."""
+    if kind == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("graphs of two processes need two GPUs")
+    result = torchrun(tmp_path, AVERAGED, kind)
+    assert result.returncode == 0, result.stderr
+
+
 STOPS = """
 import os
 import torch, torch.distributed as dist

@@ -487,6 +487,11 @@ def test_what_does_not_go_with_sharded_weights(options, named, monkeypatch, caps
     )
 
 
+def test_sharded_weights_are_not_recorded(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fails(["--fsdp", "--cuda-graph"], "--fsdp gathers weights during the passes that --cuda-graph would record", capsys)
+
+
 def fails(arguments: list[str], message: str, capsys) -> None:
     """Exit code 2, one line that matches, no file written or changed."""
     before = {p: p.is_file() and p.stat().st_mtime_ns for p in Path().rglob("*")}
