@@ -186,7 +186,7 @@ def test_the_global_batch_is_the_papers_on_any_number_of_gpus():
     run = plan([TARGETS["table6"]], PROTOCOLS["imagenet"], seeds=1)[0]
     assert shell(run.command(4)) == (
         "torchrun --standalone --nproc_per_node 4 main.py --data-set IMNET --model deit_base_patch16_224 --epochs 90 "
-        '--lr 0.00025 --quant tetrajet --batch-size 128 --seed 0 --data-path "$DATA_PATH"'
+        '--lr 0.00025 --cuda-graph --quant tetrajet --batch-size 128 --seed 0 --data-path "$DATA_PATH"'
     )
     assert shell(run.command(1)).startswith("python main.py") and "--batch-size 512" in shell(run.command(1))
     assert executable(run.command(4))[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
