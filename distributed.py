@@ -75,6 +75,13 @@ def data_parallel(model: nn.Module, device: torch.device) -> DistributedDataPara
     return DistributedDataParallel(model, device_ids=device_ids, **{sync: False})
 
 
+def check_same_parameters(model: nn.Module) -> None:
+    """Raises ValueError unless `model` trains parameters of the same names and shapes in all processes; all call it."""
+    trained = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+    if any(theirs != trained for theirs in gather(trained)):
+        raise ValueError("all processes must train the same parameters, got other names or shapes in one of them")
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -95,10 +102,13 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def average(tensors: list[Tensor]) -> None:
-    """Mean over processes, in place, of tensors of one dtype on one device: the bits of DDP's."""
+    """Mean over processes, in place, of tensors of one dtype on one device.
+
+    Of two processes it has the bits of DDP's; of more, DDP's buckets may be summed in another order.
+    """
     if not tensors or world_size() == 1:
         return
-    together = torch.cat([tensor.flatten() for tensor in tensors]).div_(world_size())
+    together = torch.cat([tensor.flatten() for tensor in tensors]).mul_(1 / world_size())
     dist.all_reduce(together)
     parts = together.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])

@@ -64,6 +64,8 @@ class TrainStep:
         self._statistics = running_statistics(self.model)
         self._sharded = is_sharded_model(self.model)
         self._averages = not self._sharded and not isinstance(self.model, DistributedDataParallel)
+        if self._averages:  # as DDP does
+            distributed.check_same_parameters(self.model)
         self._passes = self._forward_and_backward
         if self.cuda_graph:
             tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -94,11 +96,11 @@ class TrainStep:
             for tensor, old in zip(self._statistics, statistics):
                 tensor.copy_(old)
             raise
-        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
         if self._averages:
-            distributed.average(gradients)
+            distributed.average([p.grad for p in self.model.parameters() if p.grad is not None])
         if self.before_update is not None:
             self.before_update()
+        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
         # All on the device, and after the ranks have averaged their gradients.
         norms = torch.stack(torch._foreach_norm(gradients))
         if self._sharded:  # each process has some rows of each gradient

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import multi_tensor
 from .adamw import Scalars, Update
@@ -84,4 +85,7 @@ def step(updates: Sequence[Update], skip: Tensor | None = None) -> None:
             scalars[:, column] = torch.stack(values)
     if skip is None:
         skip = torch.zeros((), device=device)
-    _adamw_kernel[(len(programs),)](programs, table, scalars, skip, CHUNK=CHUNK, enable_fp_fusion=False)
+    with torch.cuda.device_of(skip):
+        _adamw_kernel[(len(programs),)](programs, table, scalars, skip, CHUNK=CHUNK, enable_fp_fusion=False)
+    # Whoever keeps what was made of a weight, `weights_quantized_once` for one, sees by its version that it changed.
+    increment_version([t for u in updates for t in (*u[:1], *u[2:7]) if t is not None])

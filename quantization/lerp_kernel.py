@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .multi_tensor import CHUNK, addresses, chunk, chunks, pointer
 
@@ -34,4 +36,6 @@ def step(averages: Sequence[Tensor], targets: Sequence[Tensor], weight: float, s
     programs = chunks(tuple(average.numel() for average in averages), device)
     if len(programs):
         table = addresses(list(zip(averages, targets)), device)
-        _lerp_kernel[(len(programs),)](programs, table, skip, weight, FROM_AVERAGE=abs(weight) < 0.5, CHUNK=CHUNK)
+        with torch.cuda.device_of(averages[0]):
+            _lerp_kernel[(len(programs),)](programs, table, skip, weight, FROM_AVERAGE=abs(weight) < 0.5, CHUNK=CHUNK)
+        increment_version(averages)

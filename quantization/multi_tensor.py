@@ -31,8 +31,10 @@ def chunk(chunks_ptr, skip_ptr, CHUNK: tl.constexpr):
 
 
 def fits(tensors: Iterable[Tensor]) -> bool:
-    """Whether a kernel takes these: fp32, on a GPU, contiguous."""
-    return all(t.is_cuda and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    """Whether a kernel takes these: fp32 and contiguous, all on one GPU."""
+    tensors = list(tensors)
+    alike = all(t.is_cuda and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    return alike and len({t.device for t in tensors}) == 1
 
 
 def addresses(rows: Sequence[Sequence[Tensor | None]], device: torch.device) -> Tensor:

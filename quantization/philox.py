@@ -12,7 +12,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch._functorch import compile_utils
+
+try:
+    from torch._functorch.compile_utils import rand_ops
+except ImportError:  # a private list, which newer releases may not need
+    rand_ops = []
 
 from .formats import GROUP_SIZE, RANDOM_BITS
 
@@ -50,7 +54,7 @@ def _randint(count: int, device: torch.device, generator: torch.Generator | None
 _LIBRARY = torch.library.Library("mxfp4", "DEF")
 _LIBRARY.define("draw_keys(int count, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _LIBRARY.impl("draw_keys", _randint, "CompositeExplicitAutograd")
-getattr(compile_utils, "rand_ops", []).append(torch.ops.mxfp4.draw_keys)
+rand_ops.append(torch.ops.mxfp4.draw_keys)
 
 
 @torch.library.register_fake("mxfp4::draw_keys")

@@ -183,7 +183,7 @@ def step_parameter(update: Update, skip: Tensor | None = None) -> None:
     # A tensor, for on a GPU PyTorch divides by a number as it multiplies by the reciprocal, which rounds twice.
     correction = s.correction
     if not isinstance(correction, Tensor):
-        correction = torch.full((), correction, dtype=p.dtype, device=p.device)
+        correction = torch.full((), correction, dtype=torch.float64, device=p.device)
     denominator = new_v.sqrt() / correction + s.eps
     numerator = new_m if period is None else new_m * count
     new_p = p + numerator * s.step_size / denominator

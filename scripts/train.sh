@@ -19,7 +19,6 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # Swin (Liu et al. 2021, A2.1): lr 1e-3 at 1024 images; main.py knows what else differs from DeiT's recipe.
 # Q-EMA's beta and Q-Ramping's k2 are the tuned ones.
 model="deit_${size}_patch16_224"
-recorded=(--cuda-graph)
 case "$size" in
 tiny) batch=256 lr=5e-4 beta=0.9983 k2=5 ;;
 small) batch=256 lr=5e-4 beta=0.9972 k2=5 ;;
@@ -28,9 +27,6 @@ swin_tiny) batch=256 lr=5e-4 beta=0.9975 k2=3 model="${size}_patch4_window7_224"
 swin_small) batch=256 lr=5e-4 beta=0.998 k2=4 model="${size}_patch4_window7_224" ;;
 *) echo "train.sh: error: SIZE must be tiny, small, base, swin_tiny or swin_small, got $size" >&2 && exit 2 ;;
 esac
-# Launching DeiT-S's kernels one by one takes twice as long as running them. Swin has not been tried as a CUDA graph;
-# two options do not go with one.
-case "$size $*" in swin* | *--fsdp* | *--checkpoint-activations*) recorded=() ;; esac
 options=(--model "$model" --quant mxfp4)
 case "$variant" in
 mxfp4) ;;
@@ -55,11 +51,16 @@ if [ -z "${DATA_PATH:-}" ]; then
     exec python "$root/main.py" "${options[@]}" --data-set DIGITS --input-size 32 --batch-size 128 --lr 5e-4 --epochs 1 \
         --warmup-epochs 0 "$@"
 fi
-gpus="${NUM_GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}"
+present="$(python -c 'import torch; print(torch.cuda.device_count())')"
+gpus="${NUM_GPUS:-$present}"
 if [ "$gpus" -eq 0 ]; then
     echo "train.sh: error: ImageNet training needs a GPU, PyTorch finds none; unset DATA_PATH for a try on the CPU" >&2
     exit 2
 fi
+# Launching DeiT-S's kernels one by one takes Python longer than running them takes the GPU. Swin has not been tried as a
+# CUDA graph; some options do not go with one.
+recorded=(--cuda-graph)
+case "$present $size $*" in 0* | *swin* | *--fs* | *--checkp* | *--dev*) recorded=() ;; esac
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # processes share the cores with their loaders
 launcher=(python)
 if [ "$gpus" -gt 1 ]; then launcher=(torchrun --standalone --nproc_per_node "$gpus"); fi

@@ -47,7 +47,7 @@ start, stop, device = distributed.start, distributed.stop, []
 distributed.start = lambda kind: device[0] if device else device.append(start(kind)) or device[0]
 distributed.stop = lambda: None
 after_step, call, train = rank_check.RankCheck.after_step, engine.TrainStep.__call__, training.train_one_epoch
-steps, digits, save = 0, datasets._IN_MEMORY["DIGITS"], checkpoint.Run.save
+parse, steps, digits, save = main.parse_args, 0, datasets._IN_MEMORY["DIGITS"], checkpoint.Run.save
 swin, create_swin = timm.models.swin_transformer, timm.models.swin_transformer._create_swin_transformer
 
 def one_image_less(root, download, training):
@@ -83,12 +83,19 @@ def stopped(self, batch):
             os.kill(os.getpid(), signal.SIGKILL)
     return call(self, batch)
 
+def recorded(arguments):
+    args = parse(arguments)
+    args.cuda_graph = args.cuda_graph or "graph" in more
+    return args
+
 def interrupted(step, loader, epoch, *rest):
     if epoch == 1 and more.get("end") == "interrupt":
         raise KeyboardInterrupt
     return train(step, loader, epoch, *rest)
 
 datasets._IN_MEMORY["DIGITS"] = one_image_less  # so that rank 0 has 180 images to evaluate, rank 1 has 179
+# Without a GPU nothing is recorded, but all else is as with --cuda-graph.
+main.parse_args, engine.CudaGraph = recorded, lambda work, parameters, state: work
 swin._create_swin_transformer, checkpoint.Run.save = small_swin, hashed
 rank_check.RankCheck.after_step, engine.TrainStep.__call__, training.train_one_epoch = perturbed, stopped, interrupted
 for arguments, more in json.loads(Path("runs.json").read_text()):
@@ -146,6 +153,7 @@ RUNS = [  # directory, arguments, what goes wrong, exit code
     ("plain-fsdp", [*SHORT, "--epochs", "1", "--fsdp", "--check-ranks", "1"], {}, 0),
     ("all", [*SHORT, *ALL, "--check-ranks", "1"], {}, 0),
     ("all-fsdp", [*SHORT, *ALL, "--fsdp", "--check-ranks", "1"], {}, 0),
+    ("all-graph", [*SHORT, *ALL, "--check-ranks", "1"], {"graph": True}, 0),
     ("gathered", [*SHORT, *ALL, "--fsdp"], {"end": "interrupt"}, 130),
     ("gathered", [*SHORT, *ALL, "--resume", "auto"], {}, 0),
     ("scattered", [*SHORT, *ALL], {"end": "interrupt"}, 130),
@@ -191,13 +199,14 @@ def test_exit_codes_and_what_is_said_once(two):
     [
         ("plain", "plain-fsdp"),
         ("all", "all-fsdp"),
+        ("all", "all-graph"),
         ("all", "gathered"),
         ("all", "scattered"),
         ("swin", "swin-fsdp"),
         ("student", "student-fsdp"),
     ],
 )
-def test_sharded_or_not_the_checkpoint_is_the_same(name, other, two):
+def test_however_it_is_spread_the_checkpoint_is_the_same(name, other, two):
     """Bit for bit: adding up two gradients has one order only."""
     directory, _ = two
     whole, shards = load(directory / name), load(directory / other)
@@ -324,7 +333,8 @@ model = copy.deepcopy(plain)
 
 def train(parallel, model, micro_batches, **options):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    step = TrainStep(parallel, F.cross_entropy, optimizer, device, accumulate_steps=micro_batches, **options)
+    options |= {"accumulate_steps": micro_batches, "clip_grad": 0.5}
+    step = TrainStep(parallel, F.cross_entropy, optimizer, device, **options)
     torch.manual_seed(1 + distributed.rank())
     losses = [step((torch.randn(4, 3, 32, 32), torch.arange(4)))[0] for _ in range(6)]
     return torch.stack(losses)
@@ -339,6 +349,12 @@ for micro_batches in (1, 2):
     assert not torch.equal(losses[0], losses[1])
     hashes = distributed.gather([p.double().sum().item() for p in plain.parameters()])
     assert hashes[0] == hashes[1]
+if distributed.rank() == 1:
+    plain.norm.bias.requires_grad = False
+try:
+    train(plain, plain, 1)
+except ValueError as error:
+    print(error)
 distributed.stop()
 """
 
@@ -350,6 +366,7 @@ def test_gradients_that_the_step_averages(kind, tmp_path, torchrun):
         pytest.skip("graphs of two processes need two GPUs")
     result = torchrun(tmp_path, AVERAGED, kind)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("all processes must train the same parameters") == 2
 
 
 STOPS = """

@@ -49,6 +49,20 @@ def test_the_norm_of_all_gradients_together_is_limited(optimizer, share, batch, 
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_gradients_that_a_callback_replaces_are_clipped(optimizer, batch, device):
+    step = build(optimizer, 0.3, device)
+
+    def enlarge() -> None:
+        for p in step.model.parameters():
+            p.grad = 1e6 * p.grad
+
+    step.before_update = enlarge
+    step(batch)
+    norm = torch.cat([p.grad.double().flatten() for p in step.model.parameters()]).norm().item()
+    assert norm == pytest.approx(0.3, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_as_torchs_own_over_several_steps(optimizer, batch, device):
     ours, reference = build(optimizer, 0.3, device), build(optimizer, 0.0, device)
     for _ in range(3):

@@ -170,6 +170,24 @@ def test_both_ways_of_an_empty_matrix(device):
         assert torch.equal(total, torch.zeros(shape[1], device=device))
 
 
+def test_the_fp8_scale_of_an_empty_matrix(device, assert_same_bits):
+    q = Quantizer()
+    torch.use_deterministic_algorithms(True)  # memory that nothing writes is NaN
+    try:
+        for shape in ((0, 40), (4, 0)):
+            x = torch.empty(shape, device=device)
+            found = []
+            for backend in (kernels, reference):
+                lost = torch.zeros(1, dtype=torch.int64, device=device)
+                options = {"fp8": Fp8.E5M2, "largest": backend.largest_magnitude(x), "lost": lost}
+                rows, columns, _ = backend.quantize_both(x, q, q, **options)
+                alone = backend.quantize(x, q.element, q.scaling, q.rounding, **options)
+                found.append(torch.stack([made.scale.view(()) for made in (rows, columns)] + [alone.operand_scale[0]]))
+            assert_same_bits(*found)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("active", [False, True])
 def test_q_ema_switch_on_the_device(active, randn, device, compare):
     switch = torch.tensor(active, device=device)

@@ -358,8 +358,9 @@ def test_kernel_steps_like_pytorch_bit_for_bit(randn, device, assert_same_bits):
     shapes = (((70, 45), True), ((100,), False), ((5000,), True))
     updates = [random_update(randn, shape, ramped) for shape, ramped in shapes]
     expected = [Update(*(t.clone() if isinstance(t, torch.Tensor) else t for t in update)) for update in updates]
-    for _ in range(4):
+    for number in range(4):
         adamw_kernel.step(updates)
+        assert updates[0].parameter._version == updates[0].grad_count._version == number + 1  # a write is noticed
         for update in expected:
             step_parameter(update)
     for called_off in (0.0, 1.0):

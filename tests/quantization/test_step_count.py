@@ -137,7 +137,9 @@ def test_the_kernel_of_averages(weight, randn, device, assert_same_bits):
     averages, targets = ([randn(*shape) for shape in shapes] for _ in range(2))
     expected = [average.lerp(target, weight) for average, target in zip(averages, targets)]
     for called_off in (0.0, 1.0):
+        before = averages[0]._version
         lerp_kernel.step(averages, targets, weight, torch.tensor(called_off, device=device))
+        assert averages[0]._version > before  # a write is noticed
         for got, want in zip(averages, expected):
             if device.type == "cuda":
                 assert_same_bits(got, want)
