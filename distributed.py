@@ -102,12 +102,10 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def average(tensors: list[Tensor]) -> None:
-    """Mean over processes, in place, of tensors of one dtype on one device.
+    """Mean over several processes, in place, of tensors of one dtype on one device.
 
     Of two processes it has the bits of DDP's; of more, DDP's buckets may be summed in another order.
     """
-    if not tensors or world_size() == 1:
-        return
     together = torch.cat([tensor.flatten() for tensor in tensors]).mul_(1 / world_size())
     dist.all_reduce(together)
     parts = together.split([tensor.numel() for tensor in tensors])

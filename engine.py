@@ -63,7 +63,8 @@ class TrainStep:
     def __post_init__(self) -> None:
         self._statistics = running_statistics(self.model)
         self._sharded = is_sharded_model(self.model)
-        self._averages = not self._sharded and not isinstance(self.model, DistributedDataParallel)
+        parallel = self._sharded or isinstance(self.model, DistributedDataParallel)
+        self._averages = distributed.world_size() > 1 and not parallel
         if self._averages:  # as DDP does
             distributed.check_same_parameters(self.model)
         self._passes = self._forward_and_backward

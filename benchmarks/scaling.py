@@ -82,9 +82,8 @@ def work(rank: int, processes: int, port: int, args: argparse.Namespace, results
         there |= {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": True}
         os.environ |= {name: str(value) for name, value in (there | {"TORCHELASTIC_RESTART_COUNT": 0}).items()}
     device = distributed.start(args.device)
-    ways = ["graphs"] if args.graph else ["DDP"] if args.compile else ["DDP", "FSDP2"]
-    ways = ["alone"] if processes == 1 else ways
-    for how in ways:
+    together = ["graphs"] if args.graph else ["DDP"] if args.compile else ["DDP", "FSDP2"]
+    for how in ["alone"] if processes == 1 else together:
         for recipe in args.recipes:
             row = measure(recipe, how, args, device)
             if distributed.is_main():

@@ -30,7 +30,7 @@ def _lerp_kernel(chunks_ptr, table_ptr, skip_ptr, weight, FROM_AVERAGE: tl.const
 def step(averages: Sequence[Tensor], targets: Sequence[Tensor], weight: float, skip: Tensor) -> None:
     """averages += weight (targets - averages), in place, or nothing where `skip`, a scalar beside them, is not 0.
 
-    All of them are tensors that `multi_tensor.fits`, on one device; nothing waits for it.
+    All of them fit (`multi_tensor.fits`), and each average has the shape of its target; nothing waits for the device.
     """
     device = averages[0].device
     programs = chunks(tuple(average.numel() for average in averages), device)
