@@ -245,7 +245,7 @@ def count_bad_images(loaders: Loaders, named: set[str], before: int = 0) -> int:
 
 
 def update_average(model_ema: ModelEmaV3, model: nn.Module, skip: Tensor) -> None:
-    """`model_ema.update(model)`, bit for bit, except that nothing changes where `skip` is 1."""
+    """`model_ema.update(model)` by the formula of `lerp_unless`, except that nothing changes where `skip` is 1."""
     averages, values = model_ema.module.state_dict(), model.state_dict()
     floats = [name for name, average in averages.items() if average.is_floating_point()]
     means, targets = ([local(state[name]) for name in floats] for state in (averages, values))

@@ -63,7 +63,8 @@ class Dampen(StepCount):
         for layer in self.layers:
             if layer.weight.grad is not None:
                 share = factor if self.reduction is Reduction.SUM else factor / layer.in_features
-                layer.weight.grad.add_(layer.weight - layer.quantized_weight(), alpha=share)
+                # Two operations: `add_` with an alpha rounds once or twice, depending on the processor.
+                layer.weight.grad.add_((layer.weight - layer.quantized_weight()).mul_(share))
 
     def update(self, skip: Tensor | None = None) -> None:
         """Call once after every optimizer step. One that was skipped, `skip` 1 on the device, does not count."""

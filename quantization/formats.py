@@ -25,6 +25,8 @@ FP32_EXPONENT_MASK = 0x7F800000  # also the pattern of +Inf: a magnitude at or a
 FP32_MAGNITUDE_MASK = 0x7FFFFFFF
 FP32_SUBNORMAL_HALF = 0x00400000  # 2 ** -127, the smallest E8M0 scale
 FP32_NAN = 0x7FC00000
+FP64_MANTISSA_BITS = 52
+FP64_EXPONENT_BIAS = 1023
 ZERO_GROUP_BITS = 0x322BCC77  # fp32 1e-8, which stands in for the largest magnitude of an all-zero group
 
 RANDOM_BITS = 16  # random bits that decide one stochastic rounding

@@ -55,17 +55,20 @@ class QEma:
 def lerp_unless(skip: Tensor | None, averages: list[Tensor], targets: list[Tensor], weight: float) -> None:
     """averages += weight (targets - averages), in place; nothing changes where `skip`, an fp32 scalar of 0 or 1, is 1.
 
-    `skip` may be on the device, which alone reads it. Without it, or where it is 0, the bits are those of `lerp_`. All
-    tensors must be finite.
+    `skip` may be on the device, which alone reads it. Every operation rounds once, so the bits are the same on every
+    processor; those of `torch.lerp` are not, because some processors fuse its multiplication with its addition.
     """
     alike = [t.shape for t in averages] == [t.shape for t in targets]
-    if skip is not None and alike and lerp_kernel is not None and multi_tensor.fits((skip, *averages, *targets)):
+    tensors = [*averages, *targets] if skip is None else [skip, *averages, *targets]
+    if alike and lerp_kernel is not None and multi_tensor.fits(tensors):
         lerp_kernel.step(averages, targets, weight, skip)
         return
-    if skip is not None:  # to go towards itself is to stay; sums with 0 are exact
-        targets = torch._foreach_mul(targets, 1 - skip)
-        torch._foreach_add_(targets, torch._foreach_mul(averages, skip))
-    torch._foreach_lerp_(averages, targets, weight)
+    for average, target in zip(averages, targets):
+        if weight < 0.5:
+            new = average + (target - average) * weight
+        else:  # so that the average ends at the target where the weight is 1
+            new = target + (average - target) * (1 - weight)
+        average.copy_(new if skip is None else torch.where(skip > 0, average, new))
 
 
 @contextmanager

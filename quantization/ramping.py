@@ -7,6 +7,7 @@ steps and N_w times the learning rate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
@@ -158,7 +159,7 @@ class RampingAdamW(torch.optim.Optimizer):
         constants = [(group["lr"], *group["betas"]) for _, group in found]
         if not steps[0].is_cuda:
             numbers = zip(map(float, steps), constants)
-            return (((1 - beta2**t) ** 0.5, -lr / (1 - beta1**t)) for t, (lr, beta1, beta2) in numbers)
+            return ((math.sqrt(1 - beta2**t), -lr / (1 - beta1**t)) for t, (lr, beta1, beta2) in numbers)
         constants = torch.tensor(constants, dtype=torch.float64).T.contiguous().pin_memory()
         lr, beta1, beta2 = constants.to(steps[0].device, non_blocking=True)
         t = torch.stack(steps).double()
@@ -166,7 +167,10 @@ class RampingAdamW(torch.optim.Optimizer):
 
 
 def step_parameter(update: Update, skip: Tensor | None = None) -> None:
-    """One parameter's update in plain PyTorch, in place; every operation rounds once. None where `skip` is not 0."""
+    """One parameter's update in plain PyTorch, in place. Nothing changes where `skip` is not 0.
+
+    Every operation rounds once, to the same bits on every processor: + - * / of fp32, and a square root taken in fp64.
+    """
     p, gradient, m, v, period, total, count, s = update
     wanted = True if skip is None else skip == 0
     decayed = p * s.keep
@@ -184,7 +188,10 @@ def step_parameter(update: Update, skip: Tensor | None = None) -> None:
     correction = s.correction
     if not isinstance(correction, Tensor):
         correction = torch.full((), correction, dtype=torch.float64, device=p.device)
-    denominator = new_v.sqrt() / correction + s.eps
+    # PyTorch's fp32 sqrt on AMD processors is one unit off in a fifth of all values. The error of an fp64 root vanishes
+    # in the rounding to fp32: no root of an fp32 number comes nearer than 2^-50 (relative) to a rounding boundary.
+    root_of_v = new_v.double().sqrt().to(new_v.dtype)
+    denominator = root_of_v / correction + s.eps
     numerator = new_m if period is None else new_m * count
     new_p = p + numerator * s.step_size / denominator
 

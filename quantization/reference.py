@@ -26,6 +26,8 @@ from .formats import (
     FP32_MANTISSA_MASK,
     FP32_NAN,
     FP32_SUBNORMAL_HALF,
+    FP64_EXPONENT_BIAS,
+    FP64_MANTISSA_BITS,
     GROUP_SIZE,
     MAX_MAGNITUDE_CODE,
     RANDOM_BITS,
@@ -270,7 +272,9 @@ def _fp8_values(
     low = scale_byte - exponent_byte < bottom
     lost += (low & exists).sum()
     values = _values(code, scale_byte, fmt, torch.float64).view_as(code)
-    values = torch.where(low, 0 * values, values) * torch.exp2((FP32_EXPONENT_BIAS - exponent_byte).double())
+    # 2 ** (127 - exponent_byte), made of its bits: what exp2 returns depends on the library behind it.
+    power_bits = (FP64_EXPONENT_BIAS + FP32_EXPONENT_BIAS - exponent_byte).long() << FP64_MANTISSA_BITS
+    values = torch.where(low, 0 * values, values) * power_bits.view(torch.float64)
     rows, filled_length = code.shape[0], -(-length // FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE
     values_RL = values.to(torch.float32).view(rows, code.shape[1] * code.shape[2])[:, :filled_length]
     return values_RL.to(TORCH_FP8[fp8]).contiguous(), (exponent_byte << FP32_MANTISSA_BITS).view(torch.float32)

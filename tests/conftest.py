@@ -10,11 +10,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, one a core
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before the kernels are imported
@@ -23,11 +24,46 @@ if not torch.cuda.is_available():
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.addoption("--device", default=default, help=f"device of the tests (default here: {default})")
+    parser.addoption(
+        "--inexact-sqrt", action="store_true", help="run all tests with square roots like an AMD processor's"
+    )
 
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
+
+
+class InexactSqrt(TorchDispatchMode):
+    """Square roots are one unit in the last place too large in a fifth of all values.
+
+    PyTorch's fp32 square root on AMD processors is wrong like this: always for the same values, on the CPU alone.
+    """
+
+    ROOTS = (torch.ops.aten.sqrt, torch.ops.aten.sqrt_, torch.ops.aten._foreach_sqrt, torch.ops.aten._foreach_sqrt_)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in self.ROOTS:
+            roots = args[0] if result is None else result
+            for root in roots if isinstance(roots, (list, tuple)) else [roots]:
+                if root.is_floating_point() and root.element_size() in (4, 8):
+                    bits = root.view(torch.int32 if root.element_size() == 4 else torch.int64)
+                    bits += ((bits.long() * 0x9E3779B1 >> 16) % 5 == 0) & (root > 0) & root.isfinite()
+        return result
+
+
+@pytest.fixture(params=["exact sqrt", "inexact sqrt"])
+def any_processor(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The test runs twice: with this processor's square roots, and with inexact ones."""
+    with InexactSqrt() if request.param == "inexact sqrt" else nullcontext():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _inexact_sqrt(request: pytest.FixtureRequest) -> Iterator[None]:
+    with InexactSqrt() if request.config.getoption("--inexact-sqrt") else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

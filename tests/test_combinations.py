@@ -87,7 +87,7 @@ def in_plain_lines(model: nn.Module, method: str, micro_batches: int, clip_grad:
         optimizer.step()
         for layer in quant_linears(model).values():
             if layer.recipe.q_ema_beta is not None:
-                layer.weight_ema.lerp_(layer.weight.detach(), 1 - layer.recipe.q_ema_beta)
+                layer.weight_ema += (layer.weight.detach() - layer.weight_ema) * (1 - layer.recipe.q_ema_beta)
                 layer.ema_updates += 1
         losses.append(total)
     return losses

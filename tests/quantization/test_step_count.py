@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantization import Dampen, Freeze, OsciReset, QEma, RampingAdamW, Recipe, swap_linears
+from quantization import Dampen, Freeze, OsciReset, QEma, RampingAdamW, Recipe, lerp_unless, swap_linears
 from quantization.step_count import count_steps
 
 STEPS = 24
@@ -129,19 +130,41 @@ def test_an_update_does_not_wait(how, device, host_must_not_wait):
         update()
 
 
-@pytest.mark.parametrize("weight", [0.002, 0.7])
-def test_the_kernel_of_averages(weight, randn, device, assert_same_bits):
-    """Several tensors, of more than one chunk and of less, in one launch; nothing moves where the step is skipped."""
-    lerp_kernel = pytest.importorskip("quantization.lerp_kernel", exc_type=ImportError)
+@pytest.mark.parametrize("weight", [0.002, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("how", ["kernel", "PyTorch"])
+def test_averages_have_the_bits_of_numpy(how, weight, randn, device, assert_same_bits):
+    """Several tensors, of more than one chunk and of less, together; nothing moves where the step is skipped.
+
+    numpy rounds every operation by itself, as IEEE 754 has it; `torch.lerp` fuses two of them on some processors.
+    """
+    if how == "kernel":
+        step = pytest.importorskip("quantization.lerp_kernel", exc_type=ImportError).step
+    else:
+
+        def step(averages, targets, weight, skip):
+            lerp_unless(skip, averages, targets, weight)
+
     shapes = ((70, 45), (3,), (5000,))
     averages, targets = ([randn(*shape) for shape in shapes] for _ in range(2))
-    expected = [average.lerp(target, weight) for average, target in zip(averages, targets)]
+    expected = []
+    for average, target in zip(averages, targets):
+        a, b, lerped = average.cpu().numpy(), target.cpu().numpy(), average.lerp(target, weight)
+        if weight < 0.5:
+            expected.append(torch.from_numpy(a + (b - a) * np.float32(weight)).to(device))
+        else:
+            expected.append(torch.from_numpy(b + (a - b) * np.float32(1 - weight)).to(device))
+        torch.testing.assert_close(expected[-1], lerped, rtol=1e-6, atol=3e-7)
     for called_off in (0.0, 1.0):
         before = averages[0]._version
-        lerp_kernel.step(averages, targets, weight, torch.tensor(called_off, device=device))
+        step(averages, targets, weight, torch.tensor(called_off, device=device))
         assert averages[0]._version > before  # a write is noticed
         for got, want in zip(averages, expected):
-            if device.type == "cuda":
-                assert_same_bits(got, want)
-            else:  # the interpreter knows no fused multiply-add
-                torch.testing.assert_close(got, want, rtol=1e-6, atol=3e-7)
+            assert_same_bits(got, want)
+    if weight == 1:
+        assert all(torch.equal(average, target) for average, target in zip(averages, targets))
+
+
+def test_a_skipped_average_keeps_the_sign_of_zero_whatever_the_target(device):
+    average = torch.tensor([-0.0, 1.0], device=device)
+    lerp_unless(torch.ones((), device=device), [average], [torch.tensor([torch.nan, torch.inf], device=device)], 0.1)
+    assert average.tolist() == [0.0, 1.0] and average.signbit().tolist() == [True, False]
