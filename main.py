@@ -135,7 +135,7 @@ def checkpoint_activations(model: nn.Module, name: str) -> None:
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     no_decay = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups = param_groups_weight_decay(model, args.weight_decay, no_decay)
+    groups = param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=no_decay)
     options = {"lr": args.lr * args.batch_size * distributed.world_size() / 512, "betas": (0.9, 0.999), "eps": 1e-8}
     if args.q_ramping:
         return RampingAdamW(groups, **options)
