@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
@@ -101,6 +102,22 @@ def busy(environment):
             yield  # at whose end `with` closes the pipe that it reads
 
     return held
+
+
+@pytest.fixture(scope="session")
+def evaluated():
+    """evaluated(model, images, labels): loss, top-1 and top-5 in percent, from the ranks of the labels in float64."""
+
+    @torch.no_grad()
+    def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+        logits = model.eval()(images).double()
+        of_label = logits.gather(1, labels[:, None])
+        rank = 1 + (logits > of_label).sum(dim=1)
+        loss = (logits.exp().sum(dim=1).log() - of_label.flatten()).mean()
+        acc1, acc5 = (100 * (rank <= most).double().mean() for most in (1, 5))
+        return {"loss": loss.item(), "acc1": acc1.item(), "acc5": acc5.item()}
+
+    return evaluate
 
 
 @pytest.fixture

@@ -137,6 +137,16 @@ def test_a_run_that_goes_on_within_an_epoch_counts_what_was_before(workers, fold
     assert [line["bad_images"] for line in map(json.loads, Path("out/log.txt").read_text().splitlines())] == [4, 4]
 
 
+def test_a_detection_does_not_count_them(folder):
+    """It takes training images before the second epoch, whose line counts those of the epoch alone."""
+    spoil(folder, "train/dark/1.png", "val/light/2.png")
+    options = ["--data-set", "FOLDER", "--data-path", str(folder), "--batch-size", "2", "--input-size", "8"]
+    options += ["--model", "deit_micro_patch4_32", "--num-workers", "0", "--repeats", "1", "--device", "cpu"]
+    options += ["--epochs", "2", "--warmup-epochs", "0", "--bad-images", "skip", "--output-dir", "out"]
+    assert main([*options, "--quant", "mxfp4", "--q-ramping", "--q-ramping-steps", "3"]) == 0
+    assert [line["bad_images"] for line in map(json.loads, Path("out/log.txt").read_text().splitlines())] == [2, 2]
+
+
 def test_steps_that_will_be_repeated_do_not_count(folder, monkeypatch):
     """A diverged run goes back ten steps, here to the beginning of an epoch, and with them over what they counted."""
     spoil(folder, "train/dark/1.png", "train/light/0.png", "train/light/2.png")

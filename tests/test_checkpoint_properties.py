@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import checkpoint
+from errors import UserError
 from quantization import Dampen, Freeze, Int4Recipe, OsciReset, QEma, RampingAdamW, Recipe, quant_linears, swap_linears
 from quantization.snapshot import rng_state, set_rng_state
 
@@ -107,3 +108,10 @@ def test_what_is_loaded_is_what_was_saved_and_goes_on_alike(tmp_path_factory, me
     set_rng_state(saved["rng"])  # the process's generators, which the other run has used meanwhile
     original.train(3)
     assert same(original.state(), state)
+
+
+def test_a_checkpoint_that_does_not_know_of_an_option_is_refused(tmp_path):
+    Parts("plain", False, 0).run.save(tmp_path)
+    wanted = "needs a checkpoint of the same --later: this run has 0.5, .* has None"
+    with pytest.raises(UserError, match=wanted):
+        checkpoint.load(tmp_path / checkpoint.LAST, IDENTITY | {"--later": 0.5})

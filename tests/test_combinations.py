@@ -151,6 +151,25 @@ class TestAccumulation:
         assert other_loss == pytest.approx(loss, rel=1e-6)
         assert (parts - whole).norm() <= 1e-5 * whole.norm()
 
+    def test_a_batch_is_mixed_before_it_is_cut(self):
+        """Pairs are the first image and the last, the second and the last but one: of the batch, not of a part."""
+        losses = []
+        for micro_batches in (1, 3):
+            model = build(RECIPES["none"], drop_path=0.0)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            options = {"mixup": Mixup(0.8, 0.0, num_classes=10), "accumulate_steps": micro_batches}
+            step = TrainStep(model, SoftTargetCrossEntropy(), optimizer, torch.device("cpu"), **options)
+            np.random.seed(0)
+            losses.append(step(*batches(6))[0].item())
+        images, labels = batches(6)[0]
+        np.random.seed(0)
+        assert np.random.rand() < 1  # the probability with which timm mixes
+        share = np.random.beta(0.8, 0.8)
+        soft = torch.full((6, 10), 0.01).scatter_(1, labels[:, None], 0.91)
+        mixed, targets = (share * t + (1 - share) * t.flip(0) for t in (images, soft))
+        wanted = -(targets * F.log_softmax(model(mixed), dim=1)).sum(dim=1).mean().item()
+        assert losses == pytest.approx([wanted] * 2, rel=1e-5)
+
     @pytest.mark.parametrize("stochastic", [False, True])
     def test_quantizes_weights_once_and_gradients_anew(self, stochastic, monkeypatch):
         """Two equal micro-batches: one quantization of each weight, where none is random, but two of the gradients."""

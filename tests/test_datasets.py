@@ -15,8 +15,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment
 from torchvision import transforms as T
 
 import datasets
-from datasets import CALIBRATION_ORDER, DataConfig, Light, build_loaders, read_idx, set_epoch
+from datasets import CALIBRATION_ORDER, RAND_AUGMENT, DataConfig, Light, build_loaders, read_idx, set_epoch
 from errors import UserError
+from fractals import fractal_images
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours
 
 DIGITS = DataConfig(
     name="DIGITS",
@@ -31,6 +34,18 @@ DIGITS = DataConfig(
     color_jitter=0.0,
     reprob=0.0,
 )
+
+
+def normalized(pixels: np.ndarray | Image.Image) -> torch.Tensor:
+    """Grey or coloured pixels as a model gets them: fp32 [3, height, width]."""
+    colours = np.asarray(pixels, np.float64) / 255
+    colours = colours if colours.ndim == 3 else np.stack([colours] * 3, -1)
+    return torch.from_numpy((colours - MEAN) / STD).permute(2, 0, 1).float()
+
+
+def resized(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Bicubic, by Pillow."""
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -66,6 +81,23 @@ def test_every_held_out_image_is_evaluated_once():
     assert len(labels) == 360
 
 
+@pytest.mark.parametrize("half", ["train", "val"])
+@pytest.mark.parametrize("size", [8, 16])
+def test_digits_keep_their_labels_and_are_only_resized(half, size):
+    """A mirrored or shifted digit may be another one, so neither a batch as a whole nor single images are."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    labels_of = {(image * (255 / 16)).astype(np.uint8).tobytes(): n for image, n in zip(digits.images, digits.target)}
+    loader = getattr(build_loaders(replace(DIGITS, input_size=size)), half)
+    stored = loader.dataset.dataset.images
+    order = list(loader.batch_sampler.sampler) if half == "train" else range(len(stored))
+    images, labels = next(iter(loader))
+    for image, label, index in zip(images, labels.tolist(), order):
+        assert torch.allclose(image, normalized(resized(stored[index], size)), atol=1e-6)
+        assert label == labels_of[stored[index].tobytes()]
+
+
 def order(loader, config, epoch) -> list[int]:
     set_epoch(loader, config, epoch)
     return list(loader.batch_sampler.sampler)
@@ -81,6 +113,16 @@ def test_order_is_a_function_of_seed_and_epoch_and_calibration_has_its_own():
     assert order(loaders.train, DIGITS, 0) == first
 
 
+def test_no_seed_has_the_order_of_another_ones_epoch():
+    """Neighbouring seeds and epochs, those of the calibration included."""
+    loaders, orders = build_loaders(DIGITS), []
+    for seed in range(3):
+        config = replace(DIGITS, seed=seed)
+        for loader, first in ((loaders.train, 0), (loaders.calibration, CALIBRATION_ORDER)):
+            orders += [tuple(order(loader, config, first + epoch)) for epoch in range(3)]
+    assert len(set(orders)) == len(orders) == 18
+
+
 def test_workers_repeat_their_augmentation():
     config = replace(DIGITS, num_workers=2, reprob=0.9, batch_size=400)
     batches = []
@@ -91,11 +133,13 @@ def test_workers_repeat_their_augmentation():
     assert torch.equal(*batches)
 
 
-def test_repeated_augmentation_deals_every_image_three_times():
-    loader = build_loaders(replace(DIGITS, repeats=3)).train
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeated_augmentation_deals_every_image_so_many_times(repeats):
+    loader = build_loaders(replace(DIGITS, repeats=repeats)).train
     indices = list(loader.batch_sampler.sampler)
     assert len(indices) == 1437 // 256 * 256  # as many as there are images, in whole 256s, like DeiT
-    assert max(np.bincount(indices)) == 3 and len(set(indices)) < 500
+    counts = np.bincount(indices)
+    assert max(counts) == repeats and len(set(indices)) == -(-len(indices) // repeats)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -126,6 +170,25 @@ def test_fashion_is_padded_to_32_pixels(fashion):
     assert images.shape == (10, 3, 32, 32) and labels.max() < 10
 
 
+def test_held_out_images_are_not_augmented(fashion):
+    """Where training images are shifted and mirrored, as a batch or, smaller, one by one."""
+    config = replace(DIGITS, name="FASHION", path=str(fashion), input_size=32, batch_size=20)
+    stored = read_idx(fashion / "t10k-images-idx3-ubyte.gz")
+    padded = np.zeros((20, 32, 32), np.uint8)
+    padded[:, 2:30, 2:30] = stored
+    for size in (32, 16):
+        loaders = build_loaders(replace(config, input_size=size))
+        images, labels = next(iter(loaders.val))
+        assert labels.tolist() == [i % 10 for i in range(20)]
+        wanted = [normalized(resized(image, size)) for image in padded]
+        assert torch.allclose(images, torch.stack(wanted), atol=1e-6)
+        train = loaders.train.dataset.dataset
+        plain = torch.stack([normalized(resized(image, size)) for image in train.images])
+        torch.manual_seed(0)
+        as_they_are = torch.isclose(train.__getitems__(range(60))[0], plain, atol=1e-6).all((1, 2, 3))
+        assert as_they_are.sum() < 10  # of 81 shifts, mirrored or not, one is none
+
+
 def test_fashion_labels_that_do_not_fit(fashion):
     (fashion / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(19, np.uint8)))
     with pytest.raises(UserError, match=r"as many labels 0..9 as images, got \(19,\) for \(20, 28, 28\)"):
@@ -138,13 +201,17 @@ def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)  # ten random images have other checksums
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    content = {"data": np.random.randint(0, 256, (10, 3072), np.uint8), "labels": list(range(10))}
     for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list):
+        content = {"data": np.random.randint(0, 256, (10, 3072), np.uint8), "labels": list(range(10))}
         (folder / name).write_bytes(pickle.dumps(content))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     monkeypatch.setitem(CIFAR10.meta, "md5", None)
     loaders = build_loaders(replace(DIGITS, name="CIFAR10", path=str(tmp_path), input_size=32, batch_size=10))
     assert len(loaders.train.dataset) == 50 and next(iter(loaders.train))[0].shape == (10, 3, 32, 32)
+    ((images, labels),) = loaders.val  # the last file's: all red, then green, then blue
+    colours = content["data"].reshape(10, 3, 32, 32).transpose(0, 2, 3, 1)
+    assert torch.allclose(images, torch.stack([normalized(image) for image in colours]), atol=1e-6)
+    assert labels.tolist() == list(range(10))
 
 
 def test_evaluation_crops_the_centre_of_large_images_only(tmp_path):
@@ -157,6 +224,37 @@ def test_evaluation_crops_the_centre_of_large_images_only(tmp_path):
     assert [type(t).__name__ for t in large.val.dataset.dataset.transform.transforms][:2] == ["Resize", "CenterCrop"]
     assert large.val.dataset.dataset.transform.transforms[0].size == 256
     assert next(iter(large.val))[0].shape == (1, 3, 224, 224)
+
+
+@pytest.mark.parametrize("size", [224, 32])
+def test_held_out_images_are_resized_by_pillow_and_normalized(size, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    for half in ("train", "val"):
+        (tmp_path / half / "a").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / half / "a" / "1.png")
+    loaders = build_loaders(replace(DIGITS, name="FOLDER", path=str(tmp_path), input_size=size, batch_size=1))
+    wanted = resized(pixels, 256)[16:240, 16:240] if size == 224 else resized(pixels, size)
+    assert torch.allclose(next(iter(loaders.val))[0][0], normalized(wanted), atol=1e-6)
+
+
+def test_training_images_go_through_deits_augmentation(tmp_path):
+    for half in ("train", "val"):
+        (tmp_path / half / "a").mkdir(parents=True)
+        Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / half / "a" / "1.png")
+    folder = replace(DIGITS, name="FOLDER", path=str(tmp_path), input_size=224, batch_size=1, reprob=0.3)
+
+    def steps(config: DataConfig) -> dict:
+        return {type(t).__name__: t for t in build_loaders(config).train.dataset.dataset.transform.transforms}
+
+    found = steps(replace(folder, aa=RAND_AUGMENT))
+    assert found["RandomResizedCropAndInterpolation"].interpolation is T.InterpolationMode.BICUBIC
+    assert tuple(found["RandomResizedCropAndInterpolation"].scale) == (0.08, 1.0)
+    assert found["RandomHorizontalFlip"].p == 0.5
+    assert {(op.magnitude, op.magnitude_std) for op in found["RandAugment"].ops} == {(9, 0.5)}
+    assert found["Normalize"].mean.tolist() == pytest.approx(MEAN)
+    assert found["Normalize"].std.tolist() == pytest.approx(STD)
+    assert found["RandomErasing"].probability == 0.3 and found["RandomErasing"].per_pixel
+    assert steps(replace(folder, color_jitter=0.2))["ColorJitter"].brightness == (0.8, 1.2)
 
 
 def test_a_batch_is_shifted_flipped_and_normalized_as_torchvision_does():
@@ -190,6 +288,10 @@ def test_fractals_are_a_data_set_of_their_own(monkeypatch):
     loaders = build_loaders(replace(DIGITS, name="FRACTAL", input_size=32))
     assert (len(loaders.train.dataset), len(loaders.val.dataset), loaders.num_classes) == (300, 50, 5)
     assert next(iter(loaders.train))[0].shape == (100, 3, 32, 32)
+    for loader, per_class, seed in ((loaders.train, 60, 1), (loaders.val, 10, 2)):
+        images, labels = fractal_images(5, per_class, 32, seed)
+        assert np.array_equal(loader.dataset.dataset.images, images)
+        assert np.array_equal(loader.dataset.dataset.labels, labels)
 
 
 @pytest.mark.parametrize("name", ["Posterize", "PosterizeIncreasing", "PosterizeOriginal"])

@@ -32,6 +32,16 @@ def test_switches_are_set_and_put_back(mine, monkeypatch):
         assert switches() == before
 
 
+def test_a_callers_wish_to_be_warned_alone_is_put_back():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with deterministic(torch.device("cuda")):
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_an_operation_without_such_an_algorithm_is_named():
     message = "put_ does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms'. You"
     with pytest.raises(UserError, match="does not go with this run: put_ does not have .*; drop it"):

@@ -20,6 +20,7 @@ from errors import UserError
 from main import build_model, main
 from options import build_recipe, parse_args
 from quantization import linear, quantize_mx
+from rank_check import checksum
 
 COMMON = ["--quant", "mxfp4", "--device", "cpu", "--num-workers", "0", "--warmup-epochs", "0"]
 # 224 images of 5 tokens fill groups of 32 tokens, so that a rank's groups are half of the groups of both.
@@ -31,12 +32,15 @@ TRACKED = [*COMMON, "--epochs", "2", "--batch-size", "180", "--clip-grad", "0.5"
 SWIN = [*SHORT, *ALL, "--model", "swin_tiny_patch4_window7_224", "--input-size", "16", "--epochs", "1"]
 STUDENT = [*SHORT, "--model", "deit_tiny_distilled_patch16_224", "--input-size", "32", "--epochs", "1"]
 STUDENT += ["--distillation-type", "soft", "--teacher-path", "teacher.pth", "--teacher-model", "deit_micro_patch4_32"]
+RANDOM = [*SHORT, "--batch-size", "358", "--epochs", "1", "--drop-path", "0.5", "--mixup", "0.8", "--cutmix", "1"]
 
 # Each process does the runs of runs.json, [arguments, more] each, in one process group: starting it takes longest.
 # `more` is what goes wrong. Of each checkpoint every process hashes all weights, averages, periods and step sizes.
 SCRIPT = """
-import hashlib, json, os, signal, sys
+import hashlib, json, os, random, signal, sys
 from pathlib import Path
+import numpy as np
+import torch
 import checkpoint, datasets, distributed, engine, main, rank_check, quantization.linear, timm, training
 from errors import UserError
 from quantization.shards import is_sharded
@@ -48,6 +52,7 @@ distributed.start = lambda kind: device[0] if device else device.append(start(ki
 distributed.stop = lambda: None
 after_step, call, train = rank_check.RankCheck.after_step, engine.TrainStep.__call__, training.train_one_epoch
 parse, steps, digits, save = main.parse_args, 0, datasets._IN_MEMORY["DIGITS"], checkpoint.Run.save
+fresh_keys, drop, mix = quantization.linear.fresh_keys, timm.layers.DropPath.forward, timm.data.Mixup._params_per_batch
 swin, create_swin = timm.models.swin_transformer, timm.models.swin_transformer._create_swin_transformer
 
 def one_image_less(root, download, training):
@@ -68,7 +73,7 @@ def hashed(self, directory, best=False):
     save(self, directory, best)
 
 def perturbed(self):
-    if distributed.rank() == 1 and "perturb" in more and self.step == 2:
+    if distributed.rank() == more.get("rank", 1) and "perturb" in more and self.step == 2:
         value = dict(self._tensors())[more["perturb"]].data.view(-1)[:1]
         value.copy_(value.nextafter(value + 1))
     after_step(self)
@@ -95,15 +100,41 @@ def replayed(work, parameters, state):
 def interrupted(step, loader, epoch, *rest):
     if epoch == 1 and more.get("end") == "interrupt":
         raise KeyboardInterrupt
+    if "draws" in more:
+        drawn("generators", [torch.rand(()).item(), np.random.rand(), random.random()])
     return train(step, loader, epoch, *rest)
+
+def drawn(what, numbers):
+    if "draws" in more:
+        draws.setdefault(what, []).append(numbers)
+
+def keys(*arguments):
+    new = fresh_keys(*arguments)
+    drawn("keys", new.tolist())
+    return new
+
+def dropped(self, x):
+    y = drop(self, x)
+    if self.training:
+        drawn("dropped paths", (y == 0).flatten(1).all(1).tolist())
+    return y
+
+def mixed(self):
+    share, use_cutmix = mix(self)
+    drawn("mixtures", [float(share)])
+    return share, use_cutmix
 
 datasets._IN_MEMORY["DIGITS"] = one_image_less  # so that rank 0 has 180 images to evaluate, rank 1 has 179
 # Without a GPU nothing is recorded, but all else is as with --cuda-graph.
 main.parse_args, engine.CudaGraph = recorded, replayed
 swin._create_swin_transformer, checkpoint.Run.save = small_swin, hashed
 rank_check.RankCheck.after_step, engine.TrainStep.__call__, training.train_one_epoch = perturbed, stopped, interrupted
+quantization.linear.fresh_keys, timm.layers.DropPath.forward, timm.data.Mixup._params_per_batch = keys, dropped, mixed
 for arguments, more in json.loads(Path("runs.json").read_text()):
+    draws = {}
     code = main.main(arguments)
+    if draws:
+        Path(arguments[-1], f"draws-{distributed.rank()}.json").write_text(json.dumps(draws))
     with open(f"codes-{os.environ['RANK']}", "a") as file:
         print(code, file=file)
 stop()
@@ -169,6 +200,7 @@ RUNS = [  # directory, arguments, what goes wrong, exit code
     ("tracked", [*TRACKED, "--q-ema", "--q-ramping", "--q-ramping-steps", "3"], {}, 0),
     ("tracked-int4", [*TRACKED, "--quant", "int4"], {}, 0),
     ("all", [*SHORT, "--q-ema", "--eval", "--fsdp", "--batch-size", "179", "--resume", "all/checkpoint.pth"], {}, 0),
+    ("random", RANDOM, {"draws": True}, 0),
     ("statistics", [*COMMON[2:], "--model", "test_resnet", "--epochs", "1"], {}, 2),
     ("mistake", [*COMMON, "--epochs", "none"], {}, 2),
     ("bad", [*SHORT, "--check-ranks", "2"], {"perturb": "blocks.1.mlp.fc1.weight"}, 1),
@@ -231,6 +263,7 @@ def test_a_sharded_evaluation(two, monkeypatch, capsys):
     assert main([*SHORT, "--q-ema", "--eval", "--resume", str(directory / "all-fsdp/checkpoint.pth")]) == 0
     unsharded = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert unsharded["test_acc1"] * 360 / 100 == pytest.approx(shown["test_acc1"] * 359 / 100, abs=1.001)
+    assert 0 < unsharded["test_loss"] * 360 - shown["test_loss"] * 359 < 20  # the loss of one image
 
 
 @pytest.fixture
@@ -262,6 +295,27 @@ def test_two_processes_train_as_one(two, by_one):
         a, b, before = (quantize_mx(model[name], -1) for model in (one, of_two, start))
         assert (a.codes != before.codes).double().mean() > 0.05  # decisions were there to be made
         assert torch.equal(a.codes, b.codes) and torch.equal(a.scales.view(torch.uint8), b.scales.view(torch.uint8))
+
+
+def test_the_learning_rate_is_that_of_the_images_of_all_processes(two):
+    """--lr is for 512 images, and two processes train on 224 each. The second epoch is half way down to 1e-5."""
+    directory, _ = two
+    first = 1e-4 * 2 * 224 / 512
+    assert [line["lr"] for line in log(directory / "two")] == pytest.approx([first, (first + 1e-5) / 2])
+
+
+@pytest.mark.parametrize("what", ["generators", "keys", "dropped paths", "mixtures"])
+def test_ranks_draw_different_random_numbers(what, two):
+    """The test compares generators at the start of training, keys of stochastic rounding, dropped paths, and Mixup."""
+    directory, _ = two
+    first, second = (json.loads((directory / f"random/draws-{rank}.json").read_text())[what] for rank in range(2))
+    assert len(first) == len(second) > 0
+    if what == "dropped paths":  # two layers drop half of 358 images, in each of two steps
+        assert len(first) == 4 and all(len(a) == len(b) == 358 and a != b for a, b in zip(first, second))
+        assert all(100 < sum(paths) < 258 for paths in (*first, *second))
+    else:
+        numbers = [number for drawn in (*first, *second) for number in drawn]
+        assert len(set(numbers)) == len(numbers)
 
 
 def test_gradients_are_clipped_to_the_norm_over_all_shards(two, by_one):
@@ -299,14 +353,33 @@ def test_three_processes(tmp_path, torchrun):
     """Most weights have rows that three cannot share evenly, and some have fewer rows than there are processes."""
     options = [*COMMON, *ALL, "--batch-size", "239", "--epochs", "2", "--check-ranks", "1"]
     runs = [([*options, "--output-dir", "whole"], {}), ([*options, "--fsdp", "--output-dir", "shards"], {})]
+    average, period = "blocks.0.mlp.fc1.weight_ema", "period of blocks.1.mlp.fc2.weight"
+    runs.append(([*options, "--output-dir", "average"], {"perturb": average, "rank": 0}))
+    runs.append(([*options, "--output-dir", "period"], {"perturb": period, "rank": 2}))
     result = launch(torchrun, tmp_path, runs, processes=3)
-    assert codes(tmp_path, processes=3) == [[0, 0]] * 3, result.stderr
+    assert codes(tmp_path, processes=3) == [[0, 0, 1, 1]] * 3, result.stderr
+    assert result.stderr.count(f"ranks differ: after step 3 rank 0 holds another {average} than rank 1; resume") == 1
+    assert result.stderr.count(f"ranks differ: after step 3 rank 2 holds another {period} than rank 0; resume") == 1
     for name in ("whole", "shards"):
         first, second, third = hashes(tmp_path / name, processes=3)
         assert len(set(first)) == 2 and first == second == third
     assert log(Path("whole"))[1]["mean_period"] > 1
     for whole, shards in zip(log(Path("whole")), log(Path("shards")), strict=True):
         assert shards["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.float8_e4m3fn])
+def test_the_checksum_that_ranks_compare_shows_each_bit(dtype):
+    """Also one that is lost in a sum of the values, such as a zero's sign; equal bits have equal sums, NaN too."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    values = torch.tensor([3e2, -3e2, 0.0, 1.0]).to(dtype)
+    for i in range(4):
+        for bit in range(8 * dtype.itemsize - 1):
+            other = values.clone()
+            other.view(bits)[i] ^= 1 << bit
+            assert checksum(other) != checksum(values) and checksum(other) == checksum(other.clone())
+    if dtype.is_floating_point:
+        assert checksum(torch.full((3,), torch.nan).to(dtype)) == checksum(torch.full((3,), torch.nan).to(dtype))
 
 
 @pytest.mark.parametrize("end", ["raise", "kill"])
@@ -326,7 +399,7 @@ AVERAGED = """
 import copy, sys
 import torch, torch.nn.functional as F
 import distributed, timm
-from engine import TrainStep
+from engine import EpochSums, TrainStep, train_one_epoch
 from quantization import Recipe
 
 device = distributed.start(sys.argv[1])
@@ -353,6 +426,11 @@ for micro_batches in (1, 2):
     assert not torch.equal(losses[0], losses[1])
     hashes = distributed.gather([p.double().sum().item() for p in plain.parameters()])
     assert hashes[0] == hashes[1]
+# 3 steps of 4 images by 2 processes in 100 seconds, of which most were before the run went on.
+step = TrainStep(plain, F.cross_entropy, torch.optim.AdamW(plain.parameters()), device)
+batches = [(torch.randn(4, 3, 32, 32), torch.arange(4))] * 2
+numbers = train_one_epoch(step, batches, 0, 1, lambda: None, EpochSums(steps=1, images=4, seconds=100.0))
+assert 24 / 150 < numbers["img_per_s"] < 24 / 100, numbers
 if distributed.rank() == 1:
     plain.norm.bias.requires_grad = False
 try:

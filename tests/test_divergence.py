@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+import datasets
 import main as program
 import oscillation_log
 from divergence import MOST_IN_A_ROW, Skips, Step, first_output_that_is_not_finite
@@ -322,7 +323,7 @@ def poisoned(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     build = program.build_model
 
-    def poison(steps: range) -> None:
+    def poison(steps: Collection[int]) -> None:
         def build_poisoned(*arguments):
             model, calls = build(*arguments), iter(range(10**6))
 
@@ -367,6 +368,7 @@ def test_a_diverged_run_leaves_a_checkpoint_to_go_on_from(poisoned, capsys):
     state = torch.load("out/checkpoint.pth", weights_only=True)
     assert {s["step"].item() for s in state["optimizer"]["state"].values()} == {2}
     assert all(v.isfinite().all() for v in state["model"].values()) and state["more"]["skips"] == {"in_a_row": 0}
+    assert (state["sums"][0]["steps"], state["sums"][0]["images"]) == (2, 2 * 96)
     poisoned(range(0))
     assert main([*RUN, "--resume", "auto"]) == 0
     assert json.loads(Path("out/log.txt").read_text().splitlines()[-1])["skipped_steps"] == 0
@@ -396,6 +398,31 @@ def test_skipped_steps_are_counted_by_the_epoch(poisoned):
     poisoned(range(1, 3))
     assert main([*RUN, "--batch-size", "359", "--epochs", "3"]) == 0
     assert [json.loads(line)["skipped_steps"] for line in Path("out/log.txt").open()] == [2, 0, 0]
+
+
+def test_skipped_steps_are_those_of_the_whole_epoch_also_in_a_run_that_goes_on(poisoned, monkeypatch):
+    """Two are skipped before it is interrupted, one after that, before ten more end it, and one after that."""
+    digits = datasets._IN_MEMORY["DIGITS"]
+    monkeypatch.setitem(datasets._IN_MEMORY, "DIGITS", lambda *half: tuple(array[:88] for array in digits(*half)))
+    command = [*RUN, "--quant", "none", "--batch-size", "2", "--save-steps", "1", "--resume", "auto"]  # 44 steps
+    poisoned({1, 2})
+    step, calls = TrainStep.__call__, iter(range(1, 100))
+
+    def interrupted(self, batch):
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", interrupted)
+        assert main(command) == 130
+    poisoned({0, *range(10, 100)})
+    assert main(command) == 1
+    (sums,) = torch.load("out/checkpoint.pth", weights_only=True)["sums"]
+    assert (sums["steps"], sums["skipped_steps"]) == (5 + 10, 2 + 1)
+    poisoned({3})
+    assert main(command) == 0
+    assert json.loads(Path("out/log.txt").read_text())["skipped_steps"] == 2 + 1 + 1
 
 
 @pytest.mark.parametrize(("first", "row"), [(4, 4), (3, 5)], ids=["all of the last epoch", "more than that"])

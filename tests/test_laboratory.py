@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import timm
 from errors import UserError
 from laboratory import Laboratory
 from oscillation_log import Measure
-from quantization import Recipe
+from quantization import Recipe, quantize_mx
 
 
 def make(device: torch.device, depth: int = 2, images: int = 100) -> tuple[torch.nn.Module, TensorDataset]:
@@ -128,6 +129,71 @@ def test_means_over_the_layers_and_over_the_weights(device):
     latent = [row for row in rows if row.measure is Measure.LATENT_HISTOGRAM]
     assert [row.x for row in latent] == [-8 + i / 8 for i in range(128)]
     assert sum(row.value for row in latent if not -6 <= row.x <= 6) == 0
+
+
+GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # E2M1's magnitudes; rounding decides in the middle between two
+MIDDLES = (GRID[1:] + GRID[:-1]) / 2
+
+
+def sureness(latent: np.ndarray) -> np.ndarray:
+    """Distance to the nearest middle, over the largest that there is among the numbers rounded alike."""
+    distances = np.abs(np.abs(latent)[..., None] - MIDDLES)
+    largest = [0.25, *((high - low) / 2 for low, high in zip(MIDDLES, MIDDLES[1:])), 1]
+    return distances.min(axis=-1) / np.array(largest)[np.searchsorted(MIDDLES, np.abs(latent))]
+
+
+def test_what_is_measured_of_quantized_weights(device):
+    """Weights that go to and fro by little, followed beside the laboratory: rates, ratios, confidence, trajectories."""
+    model, dataset = make(device, images=3)
+    test = Laboratory(model, dataset, device)
+    history: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {name: [] for name in test.layers}
+
+    def follow() -> None:
+        for name, layer in test.layers.items():
+            t = quantize_mx(layer.weight.detach(), axis=-1)
+            scales = t.scales.float().repeat_interleave(32, dim=-1)[:, : layer.in_features]
+            path = layer.weight.detach(), t.dequantize(), scales
+            history[name].append(tuple(x.double().cpu().numpy() for x in path))
+
+    test.before_epoch(4)
+    follow()
+    there = [4e-4 * torch.randn_like(p) for p in model.parameters()]
+    for step in range(4):
+        with torch.no_grad():
+            for p, move in zip(model.parameters(), there):
+                p += move if step % 2 == 0 else -move
+        test.after_step()
+        follow()
+    rows = test.after_epoch(0, 4)
+    values = {(row.measure, row.where): row.value for row in rows if row.x is None}
+
+    def length(path: list[np.ndarray]) -> np.ndarray:
+        return sum(np.abs(b - a) for a, b in zip(path, path[1:]))
+
+    all_sure = []
+    for name, steps in history.items():
+        weights, quantized, scales = zip(*steps)
+        rates = [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in zip(quantized, quantized[1:])]
+        assert values[Measure.RATE_QUANTIZED, name] == pytest.approx(np.mean(rates), rel=1e-4)
+        assert values[Measure.RATE_QUANTIZED, name] != pytest.approx(values[Measure.RATE_WEIGHT, name], rel=0.1)
+        oscillates = length(quantized) / length(weights) > 16
+        assert values[Measure.OSCILLATING, name] == pytest.approx(oscillates.mean(), abs=1e-9) and oscillates.any()
+        all_sure.append(sureness(weights[-1] / scales[-1]).ravel())
+        assert values[Measure.CONFIDENCE, name] == pytest.approx(all_sure[-1].mean(), rel=1e-5)
+    counts, edges = np.histogram(np.concatenate(all_sure), bins=32, range=(0, 1))
+    histogram = [(row.x, row.value) for row in rows if row.measure is Measure.CONFIDENCE_HISTOGRAM]
+    assert [x for x, _ in histogram] == pytest.approx(edges[:-1])
+    assert [share for _, share in histogram] == pytest.approx(counts / counts.sum(), abs=1e-3)
+
+    followed = [(row.where, row.value) for row in rows if row.measure is Measure.RATIO]
+    assert len(followed) == 4
+    for where, ratio in followed:
+        name, row, column = re.fullmatch(r"(.+)\[(\d+)\]\[(\d+)\]", where).groups()
+        weights, quantized, scales = ([x[int(row), int(column)] for x in path] for path in zip(*history[name]))
+        assert ratio == pytest.approx(length(quantized) / length(weights), rel=1e-3) and ratio > 16
+        for measure, path in ((Measure.TRAJECTORY_LATENT, weights), (Measure.TRAJECTORY_QUANTIZED, quantized)):
+            told = {r.x: r.value for r in rows if (r.measure, r.where) == (measure, where)}
+            assert told == pytest.approx({x: value / scale for x, (value, scale) in enumerate(zip(path, scales))})
 
 
 def test_nothing_is_measured_outside_a_window(device, monkeypatch):

@@ -10,24 +10,28 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.layers import DropPath
+from torch import Tensor, nn
 
 import checkpoint
+import datasets
 import laboratory
 import main as program
 import oscillation_log
 import timm
 import training
+from datasets import DataConfig, build_loaders
 from main import main
 from options import build_parser, build_recipe, parse_args
-from quantization import RECIPES, Quantizer, Recipe
+from quantization import RECIPES, Quantizer, RampingAdamW, Recipe, quantize_mx
 from run_log import table_row
 
 TABLE_5 = list(product(("stochastic", "nearest"), ("double", "direct"), ("truncation_free", "floor")))
@@ -67,6 +71,51 @@ def same(a, b) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def load(path: str) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def digits(input_size: int = 8) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """All training images with their labels, in some order, and all held-out ones."""
+    no_augmentation = {"repeats": 1, "aa": "none", "color_jitter": 0.0, "reprob": 0.0}
+    how = {"keep_last_batch": True, "num_workers": 0, "seed": 0, **no_augmentation}
+    loaders = build_loaders(DataConfig("DIGITS", None, False, input_size, batch_size=1437, **how))
+    ((images, labels),), ((held_out, their_labels),) = loaders.train, loaders.val
+    return (images, labels), (held_out, their_labels)
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """DIGITS has 24 training images and 12 held-out ones."""
+    whole = datasets._IN_MEMORY["DIGITS"]
+
+    def few(root: None, download: bool, train: bool) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = whole(root, download, train)
+        return (images[:24], labels[:24]) if train else (images[:12], labels[:12])
+
+    monkeypatch.setitem(datasets._IN_MEMORY, "DIGITS", few)
+
+
+def quantized(x: Tensor, scaling: str | None, ema: Tensor | None = None) -> Tensor:
+    if scaling is None:
+        return x
+    return quantize_mx(x, scaling=scaling, rounding="nearest" if ema is None else "ema", ema=ema).dequantize()
+
+
+def in_plain_lines(weights: dict[str, Tensor], scaling: str | None) -> nn.Module:
+    """timm's DeiT with `weights`, whose blocks' linears compute Q1(X) Q2(W)^T + b, or X W^T + b without `scaling`.
+
+    If `weights` have Q-EMA's averages, Q2 rounds towards them, as it should from the tenth update on.
+    """
+    model = timm.create_model("deit_micro_patch4_32", img_size=8, num_classes=10)
+    model.load_state_dict({name: weights[name] for name in model.state_dict()})
+    for name, linear in model.blocks.named_modules():
+        if isinstance(linear, nn.Linear):
+            q2 = quantized(linear.weight.detach(), scaling, weights.get(f"blocks.{name}.weight_ema"))
+            linear.forward = lambda x, q2=q2, bias=linear.bias: F.linear(quantized(x, scaling), q2, bias)
+    return model
 
 
 @pytest.fixture
@@ -137,12 +186,14 @@ class TestTraining:
         happened = {"dampen": "dampen_weight", "freeze": "frozen", "osci-reset": "resets"}
         assert name not in happened or a[happened[name]] > 0
 
-    def test_a_recipe_made_by_switches_is_the_checkpoints(self, capsys):
+    def test_a_recipe_made_by_switches_is_the_checkpoints(self, evaluated, capsys):
         switches = ["--backward-rounding", "nearest", "--backward-operands", "direct", "--scaling", "floor"]
         assert main([*TINY, *switches, "--epochs", "1", "--output-dir", "out"]) == 0
         assert "recipe  microscaling, multiplied in fp32" in capsys.readouterr().out
         assert main([*TINY, "--quant", "microscaling", "--eval", "--resume", "out/checkpoint.pth"]) == 0
-        capsys.readouterr()
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        found = evaluated(in_plain_lines(load("out/checkpoint.pth")["model"], "floor"), *digits()[1])
+        assert result == pytest.approx({f"test_{name}": value for name, value in found.items()}, rel=1e-4)
         wanted = (
             r"recipe: this run has q1,q2=e2m1/floor/nearest, q3,q4,q5,q6=e2m1/floor/stochastic, double=False, .* has m"
         )
@@ -150,9 +201,9 @@ class TestTraining:
 
     def test_resume_auto_starts_where_there_is_nothing(self):
         assert main([*TINY, "--epochs", "1", "--output-dir", "new", "--resume", "auto"]) == 0
-        assert Path("new/checkpoint.pth").is_file()
+        assert load("new/checkpoint.pth")["epoch"] == len(lines_of(Path("new/log.txt"))) == 1
 
-    def test_eval_repeats_the_last_epoch_and_writes_nothing(self, capsys):
+    def test_eval_repeats_the_last_epoch_and_writes_nothing(self, evaluated, capsys):
         assert main([*TINY, "--epochs", "1", "--output-dir", "out"]) == 0
         before = sorted(p.stat().st_mtime_ns for p in Path("out").rglob("*"))
         capsys.readouterr()
@@ -163,6 +214,8 @@ class TestTraining:
         assert before == sorted(p.stat().st_mtime_ns for p in Path("out").rglob("*")) and not Path("runs").exists()
         assert main([*TINY, "--eval", "--finetune", "out/checkpoint.pth"]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+        found = evaluated(in_plain_lines(load("out/checkpoint.pth")["model"], "truncation_free"), *digits()[1])
+        assert result == pytest.approx({f"test_{name}": value for name, value in found.items()}, rel=1e-4)
 
     def test_default_output_directory(self):
         assert main([*TINY, "--epochs", "1"]) == 0
@@ -170,24 +223,80 @@ class TestTraining:
             "TIME-deit_micro_patch4_32-mxfp4"
         ]
 
-    def test_finetune_keeps_a_new_head(self, folder):
-        small = timm.create_model("deit_micro_patch4_32", img_size=8, num_classes=10)
-        torch.save({"model": small.state_dict()}, "weights.pth")
+    @pytest.mark.parametrize("classes", [10, 2])
+    def test_finetune_starts_from_the_weights_and_a_head_for_other_classes_from_the_seed(self, classes, folder):
+        """With a learning rate of 0, the checkpoint holds the weights that training started from, bit for bit."""
+        given = timm.create_model("deit_micro_patch4_32", img_size=8, num_classes=classes).state_dict()
+        torch.save({"model": given}, "weights.pth")
         options = ["--data-set", "FOLDER", "--data-path", str(folder), "--batch-size", "4", "--input-size", "8"]
         options += ["--model", "deit_micro_patch4_32", "--num-workers", "0", "--repeats", "1", "--epochs", "1"]
-        assert main([*options, "--finetune", "weights.pth", "--output-dir", "out", "--device", "cpu"]) == 0
+        options += ["--lr", "0", "--warmup-epochs", "0", "--seed", "3", "--device", "cpu", "--output-dir", "out"]
+        assert main([*options, "--finetune", "weights.pth"]) == 0
+        torch.manual_seed(3)
+        own = timm.create_model("deit_micro_patch4_32", img_size=8, num_classes=2).state_dict()
+        assert not torch.equal(own["head.weight"], given["head.weight"])
+        saved = load("out/checkpoint.pth")["model"]
+        assert saved.keys() == given.keys()
+        for name, value in saved.items():
+            wanted = own if classes == 10 and name.startswith("head.") else given
+            assert torch.equal(value, wanted[name]), name
 
+    @pytest.mark.usefixtures("few_digits")
     @pytest.mark.parametrize("kind", ["soft", "hard"])
-    def test_distillation(self, kind):
+    def test_distillation(self, kind, evaluated):
+        """With a learning rate of 0, the logged loss follows from the saved weights and the formula, in float64."""
         teacher = timm.create_model("deit_micro_patch4_32", img_size=32, num_classes=10)
+        nn.init.normal_(teacher.head.weight, std=0.3)  # almost uniform probabilities would hide the temperature
         torch.save(teacher.state_dict(), "teacher.pth")
         options = ["--model", "deit_tiny_distilled_patch16_224", "--input-size", "32", "--distillation-type", kind]
-        options += ["--teacher-model", "deit_micro_patch4_32", "--teacher-path", "teacher.pth"]
+        options += ["--teacher-model", "deit_micro_patch4_32", "--teacher-path", "teacher.pth", "--batch-size", "24"]
+        options += ["--distillation-alpha", "0.3", "--smoothing", "0.2", "--lr", "0"]
+        options += ["--distillation-tau", "2"] if kind == "soft" else []
         assert main([*TINY, *options, "--epochs", "1", "--output-dir", "out"]) == 0
+        (log,) = lines_of(Path("out/log.txt"))
+        (images, labels), held_out = digits(32)
+        student = timm.create_model(options[1], img_size=32, num_classes=10, quant=Recipe())
+        student.load_state_dict(load("out/checkpoint.pth")["model"])
+        assert log["test_loss"] == pytest.approx(evaluated(student, *held_out)["loss"], rel=1e-4)
+        student.set_distilled_training(True)
+        with torch.no_grad():
+            logits, distilled = (z.double() for z in student.train()(images))
+            taught = teacher.eval()(images).double()
+        smoothed = 0.8 * F.one_hot(labels, 10) + 0.02
+        base = -(smoothed * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        if kind == "soft":
+            p, q = (taught / 2).softmax(dim=1), (distilled / 2).softmax(dim=1)
+            second = 2**2 * (p * (p.log() - q.log())).mean()
+        else:
+            second = -distilled.log_softmax(dim=1)[torch.arange(24), taught.argmax(dim=1)].mean()
+        assert log["train_loss"] == pytest.approx(float(0.7 * base + 0.3 * second), rel=1e-4)
+        assert abs(second - base) > 0.01
 
-    def test_every_quant_choice_trains(self):
-        for quant in ("none", "microscaling", "tetrajet"):
-            assert main([*TINY, "--quant", quant, "--epochs", "1", "--output-dir", quant]) == 0
+    @pytest.mark.usefixtures("few_digits")
+    def test_every_quant_choice_trains_and_evaluates_by_its_own_forward_pass(self, evaluated):
+        """The held-out numbers follow from the saved weights by Q1 and Q2 in plain lines, not by another choice's."""
+        choices = {"none": None, "microscaling": "floor", "tetrajet": "truncation_free", "mxfp4": "truncation_free"}
+        options = ["--epochs", "1", "--lr", "0.5", "--output-dir"]
+        _, held_out = digits()
+        torch.manual_seed(0)
+        start, weights = timm.create_model("deit_micro_patch4_32", img_size=8, num_classes=10).state_dict(), {}
+        for quant, scaling in choices.items():
+            how = ["--q-ema", "--batch-size", "2"] if quant == "mxfp4" else ["--batch-size", "12"]  # 12 steps, or 2
+            assert main([*TINY, "--quant", quant, *how, *options, quant]) == 0
+            (log,), weights[quant] = lines_of(Path(quant, "log.txt")), load(f"{quant}/checkpoint.pth")["model"]
+            found = evaluated(in_plain_lines(weights[quant], scaling), *held_out)
+            assert {name: log[f"test_{name}"] for name in found} == pytest.approx(found, rel=1e-4), quant
+            for other in {None, "floor", "truncation_free"} - {scaling}:
+                different = evaluated(in_plain_lines(weights[quant], other), *held_out)["loss"]
+                assert abs(different - found["loss"]) > 1e-3 * found["loss"], quant
+            moved = [name for name, value in start.items() if not torch.equal(weights[quant][name], value)]
+            assert moved == list(start)
+        averages = {name: value for name, value in weights["mxfp4"].items() if "ema" in name}
+        assert len(averages) == 2 * 8
+        without = evaluated(in_plain_lines(weights["mxfp4"] | dict.fromkeys(averages), "truncation_free"), *held_out)
+        assert abs(without["loss"] - found["loss"]) > 1e-3 * found["loss"]
+        for one, other in combinations(choices, 2):
+            assert all(not torch.equal(weights[one][name], weights[other][name]) for name in start), (one, other)
 
     def test_same_seed_same_run_other_seed_other_run(self):
         for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
@@ -506,6 +615,10 @@ def fails(arguments: list[str], message: str, capsys) -> None:
     assert before == {p: p.is_file() and p.stat().st_mtime_ns for p in Path().rglob("*")}
 
 
+def without_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if not name.startswith("head.")}
+
+
 class TestMistakes:
     @pytest.mark.parametrize("name", MISTAKES)
     def test_one_line_exit_code_2_nothing_written(self, name, capsys):
@@ -599,8 +712,11 @@ class TestMistakes:
         model = timm.create_model("deit_micro_patch4_32", img_size=8, num_classes=17, quant=Recipe())
         torch.save(model.state_dict(), "w.pth")
         fails([*TINY, "--eval", "--finetune", "w.pth"], "--finetune w.pth does not fit the model: .*head", capsys)
-        assert main([*TINY, "--epochs", "1", "--finetune", "w.pth", "--output-dir", "out"]) == 0
+        assert main([*TINY, "--epochs", "1", "--lr", "0", "--finetune", "w.pth", "--output-dir", "out"]) == 0
         assert "w.pth has no head for these classes; the model's begins at random" in capsys.readouterr().out
+        saved = load("out/checkpoint.pth")["model"]
+        assert saved["head.weight"].shape == (10, 128) and len(saved["head.weight"].unique()) > 1000
+        assert same(without_head(saved), without_head(model.state_dict()))
 
     def test_a_log_of_something_else_is_left_alone(self, capsys):
         for content in ("hello\n", "[1]\n", '{"loss": 1}\n', "no end"):
@@ -815,3 +931,54 @@ def test_without_drop_path_no_model_has_stochastic_depth():
 
 def test_a_model_with_a_number_as_its_patch_size():
     assert program.build_model("xcit_nano_12_p8_224", 10, 224, 0.0, RECIPES["none"]).num_classes == 10
+
+
+OPTIMIZED = {
+    "deit_micro_patch4_32": ["--input-size", "8", "--quant", "none"],
+    "deit_nano_patch4_32": ["--input-size", "8", "--quant", "mxfp4", "--q-ema", "--q-ramping"],
+    "vit_tiny_patch16_224": ["--input-size", "32", "--quant", "int4"],
+    "deit_tiny_distilled_patch16_224": ["--input-size", "32", "--quant", "mxfp4", "--q-ramping"],
+    "swin_tiny_patch4_window7_224": ["--input-size", "224", "--quant", "mxfp4"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZED)
+def test_weights_of_linears_and_of_the_patch_embedding_decay_and_nothing_else(name):
+    """Biases, norms, tokens, position embeddings and the step sizes of INT4 do not decay. Other settings are DeiT's."""
+    given = ["--lr", "0.004", "--weight-decay", "0.07", "--batch-size", "96", "--device", "cpu"]
+    args = parse_args(["--model", name, *OPTIMIZED[name], *given])
+    model = program.build_model(name, 10, args.input_size, 0.0, build_recipe(args))
+    optimizer = program.build_optimizer(args, model, torch.device("cpu"))
+    assert type(optimizer) is (RampingAdamW if "--q-ramping" in OPTIMIZED[name] else torch.optim.AdamW)
+
+    layers = [layer for layer, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    wanted = {name: 0.0 for name, _ in model.named_parameters()} | {f"{layer}.weight": 0.07 for layer in layers}
+    names = {p: parameter for parameter, p in model.named_parameters()}
+    decays = [(names[p], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
+    assert len(decays) == len(names)  # each parameter once
+    assert {name: decay for name, decay in decays if decay != wanted[name]} == {}
+    for group in optimizer.param_groups:
+        assert group["lr"] == pytest.approx(0.004 * 96 / 512, rel=1e-12)
+        assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
+        assert not group.get("amsgrad") and not group.get("maximize")
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_the_first_step_of_a_run_is_adamws_in_float64():
+    """AdamW's first step is w (1 - lr decay) - lr g / (|g| + eps), with the gradient g of the smoothed loss over all
+    images and the learning rate scaled by the batch size."""
+    options = ["--epochs", "1", "--batch-size", "24", "--lr", "0.01", "--weight-decay", "4", "--smoothing", "0.2"]
+    assert main([*TINY, "--quant", "none", *options, "--output-dir", "out"]) == 0
+    torch.manual_seed(0)
+    model = timm.create_model("deit_micro_patch4_32", img_size=8, num_classes=10).double()
+    (images, labels), _ = digits()
+    smoothed = 0.8 * F.one_hot(labels, 10) + 0.02
+    loss = -(smoothed * model(images.double()).log_softmax(dim=1)).sum(dim=1).mean()
+    loss.backward()
+    assert lines_of(Path("out/log.txt"))[0]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    saved, lr = load("out/checkpoint.pth")["model"], 0.01 * 24 / 512
+    for name, w in model.named_parameters():
+        decay = 4.0 if w.ndim > 1 and name not in ("cls_token", "pos_embed") else 0.0
+        wanted = w.detach() * (1 - lr * decay) - lr * w.grad / (w.grad.abs() + 1e-8)
+        clear = w.grad.abs() > 1e-5
+        assert clear.any() and torch.allclose(saved[name].double()[clear], wanted[clear], rtol=0, atol=0.01 * lr), name

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from errors import UserError
 from main import main
-from options import build_parser
+from options import build_parser, build_recipe, parse_args
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OPTIONS = {action.dest: action.option_strings[-1] for action in build_parser()._actions if action.dest != "help"}
@@ -98,3 +99,70 @@ def test_another_k1_makes_other_periods(tmp_path):
         logged(tmp_path / k1, *ramping, "--q-ramping-k1", k1)[1]["mean_period"] for k1 in ("0.001", "1000000000")
     ]
     assert periods[0] > 1 == periods[1]
+
+
+def test_defaults_that_papers_give():
+    """TetraJet's detection and Q-EMA, TetraJet-v2's OsciReset, DeiT's soft distillation."""
+    mxfp4 = parse_args(["--quant", "mxfp4", "--q-ema", "--q-ramping"])
+    assert (mxfp4.q_ema_beta, mxfp4.q_ramping_k1, mxfp4.q_ramping_k2, mxfp4.q_ramping_steps) == (0.998, 16, 5, 30)
+    reset = parse_args(["--quant", "mxfp4", "--osci-reset"])
+    assert (reset.osci_reset_threshold, reset.osci_reset_start, reset.osci_reset_interval) == (16, 0.6, None)
+    student = parse_args(["--distillation-type", "soft", "--teacher-model", "x", "--teacher-path", "y"])
+    assert (student.distillation_alpha, student.distillation_tau) == (0.5, 1.0)
+
+
+ZEROS = {
+    "--q-ema-beta": ["--quant", "mxfp4", "--q-ema"],
+    "--q-ramping-k2": ["--quant", "mxfp4", "--q-ramping"],
+    "--osci-reset-start": ["--quant", "mxfp4", "--osci-reset"],
+    "--dampen": ["--quant", "mxfp4"],
+    "--distillation-alpha": ["--distillation-type", "hard", "--teacher-model", "x", "--teacher-path", "y"],
+    "--warmup-epochs": [],
+    "--smoothing": [],
+    "--num-workers": ["--data-set", "IMNET"],
+    "--model-ema-decay": ["--data-set", "IMNET"],
+}
+
+
+@pytest.mark.parametrize("option", ZEROS)
+def test_zero_is_a_value_of_its_own(option):
+    """Not the default, which is another number."""
+    args = parse_args([*ZEROS[option], option, "0"])
+    assert getattr(args, option[2:].replace("-", "_")) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--quantizers", "q1"),
+        ("--backward-rounding", "nearest"),
+        ("--backward-operands", "direct"),
+        ("--scaling", "floor"),
+        ("--forward-element", "e3m0"),
+        ("--backward-element", "e3m0"),
+    ],
+)
+@pytest.mark.parametrize("quant", ["none", "int4"])
+def test_a_switch_of_a_recipe_is_never_ignored(option, value, quant):
+    with pytest.raises(UserError, match=f"^{option} changes an MXFP4 recipe, got --quant {quant}"):
+        parse_args(["--quant", quant, option, value])
+
+
+def test_the_recipe_has_the_users_beta():
+    args = parse_args(["--quant", "mxfp4", "--q-ema", "--q-ema-beta", "0.75"])
+    assert build_recipe(args).q_ema_beta == 0.75
+
+
+@pytest.mark.parametrize("options", [["--mixup", "0.8"], ["--cutmix", "1"]])
+def test_images_that_are_mixed_come_in_pairs(options):
+    with pytest.raises(UserError, match="^Mixup and CutMix pair images, so --batch-size must be even, got 7"):
+        parse_args(["--batch-size", "7", *options])
+
+
+def test_a_model_of_the_users_choice_has_its_own_input_size():
+    """The data set's goes with the data set's model."""
+    assert parse_args(["--data-set", "FASHION"]).input_size == 32
+    assert parse_args(["--data-set", "FASHION", "--model", "deit_tiny_patch16_224"]).input_size is None
+    assert (
+        parse_args(["--data-set", "FASHION", "--model", "deit_tiny_patch16_224", "--input-size", "64"]).input_size == 64
+    )

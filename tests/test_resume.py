@@ -471,6 +471,22 @@ def test_a_checkpoint_every_second_epoch(command, whole):
     assert_same_run(whole)
 
 
+def test_steps_between_checkpoints_are_counted_over_the_whole_run(data):
+    """Every 4 of 12 steps, where an epoch has 6, and the last epoch's end."""
+    options = [*DATA, "--data-path", data, "--output-dir", "out", "--epochs", "2"]
+    assert main([*options, "--save-steps", "4", "--save-epochs", "2", "--keep-checkpoints", "9"]) == 0
+    assert [steps_saved(path) for path in checkpoint.find_all(Path("out"))] == [12, 8, 4]
+
+
+def test_the_tenth_checkpoint_follows_the_ninth():
+    path = Path("many/checkpoint.pth")
+    path.parent.mkdir()
+    for epoch in range(14):
+        checkpoint.write({"epoch": epoch}, path, keep=12)
+    found = checkpoint.find_all(path.parent)
+    assert [torch.load(p, weights_only=True)["epoch"] for p in found] == list(range(13, 1, -1))
+
+
 class TestFingerprint:
     @staticmethod
     def of_folder(root: str, content: dict[str, bytes]) -> str:
@@ -490,7 +506,15 @@ class TestFingerprint:
         found = {self.of_folder(f"changed-{i}", c) for i, c in enumerate(changed)}
         assert len(found) == 4 and first not in found
 
-    def test_of_arrays_follows_every_byte(self):
+    def test_of_many_files_a_few_sizes_evenly_spaced(self, monkeypatch):
+        """At most 4 of 10: the first, fourth, seventh and last."""
+        monkeypatch.setattr("fingerprint.MOST_SIZES", 4)
+        content = {f"a/{i}.png": b"x" for i in range(10)}
+        first = self.of_folder("all", content)
+        other = [self.of_folder("all", content | {name: b"xx"}) != first for name in content]
+        assert [i for i, differs in enumerate(other) if differs] == [0, 3, 6, 9]
+
+    def test_of_arrays_follows_every_byte_and_their_shape(self):
         class InMemory:
             def __init__(self, data, targets):
                 self.data, self.targets = data, targets
@@ -501,5 +525,6 @@ class TestFingerprint:
         pixels, labels = np.zeros((4, 3, 3), np.uint8), [0, 1, 2, 3]
         other = pixels.copy()
         other[3, 2, 2] = 1
-        found = [fingerprint(InMemory(*pair)) for pair in ((pixels, labels), (other, labels), (pixels, labels[::-1]))]
-        assert len(set(found)) == 3 and found[0] == fingerprint(InMemory(pixels.copy(), list(labels)))
+        pairs = (pixels, labels), (other, labels), (pixels, labels[::-1]), (pixels.reshape(4, 1, 9), labels)
+        found = [fingerprint(InMemory(*pair)) for pair in pairs]
+        assert len(set(found)) == 4 and found[0] == fingerprint(InMemory(pixels.copy(), list(labels)))

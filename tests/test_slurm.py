@@ -25,13 +25,15 @@ exec "$@"
 SCONTROL = """#!/bin/bash
 if [ "$1" = show ]; then echo localhost; sleep 0.2; echo node2; else echo "$@" >> scontrol-lines; fi
 """
-# A training that exits with its option's code, or waits for the signal and then has written a checkpoint.
+# A training that exits with its option's code, is killed, or waits for the signal and then has written a checkpoint.
 TRAINING = """
 import signal, sys, time, os, pathlib
 rank = os.environ["RANK"]
 signal.signal(signal.SIGUSR1, lambda *_: (pathlib.Path(f"told-{rank}").touch(), sys.exit(75)))
 pathlib.Path(f"started-{rank}").write_text(" ".join(sys.argv[1:]))
 code = sys.argv[sys.argv.index("--code") + 1]
+pathlib.Path("run-id").write_text(os.environ["TORCHELASTIC_RUN_ID"])
+if code == "kill": os.kill(os.getpid(), signal.SIGKILL)
 if code != "wait": sys.exit(int(code))
 time.sleep(60)
 """
@@ -67,6 +69,7 @@ def job(tmp_path, port):
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_ID": str(20_000 + port),
         "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_RESTART_COUNT": "3",
         "SLURM_NNODES": "1",
         "SLURM_GPUS_ON_NODE": "2",
     }
@@ -100,6 +103,7 @@ def test_the_signal_reaches_training_and_a_written_checkpoint_requeues(job, port
     assert process.returncode == 75, error
     assert all((tmp_path / f"told-{rank}").exists() for rank in range(2))
     assert (tmp_path / "started-0").read_text() == "--output-dir out --code wait --resume auto"
+    assert (tmp_path / "run-id").read_text() == f"{20_000 + port}-3"  # other than before the job was requeued
     assert (tmp_path / "scontrol-lines").read_text() == f"requeue {20_000 + port}\n"
     line = (tmp_path / "srun-line").read_text().strip()
     options = "--kill-on-bad-exit=0 --wait=30"
@@ -138,6 +142,13 @@ def test_the_launcher_ended_by_a_signal(job, tmp_path):
         _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and all((tmp_path / f"told-{rank}").exists() for rank in range(2))
     assert error.endswith("launch.py: SIGTERM has ended it and its processes\n") and "Traceback" not in error
+
+
+def test_the_launcher_of_a_process_that_is_killed(job, tmp_path):
+    """The shell's code for that signal, as of a process without a launcher."""
+    command = [sys.executable, "scripts/launch.py", "--standalone", "--nproc-per-node", "1", "main.py"]
+    result = subprocess.run([*command, "--code", "kill"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 128 + signal.SIGKILL, result.stderr
 
 
 def test_a_job_without_output_dir_is_refused(job, tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 import timm
 import training
+from datasets import DataConfig, build_loaders
 from main import main
 from quantization import RECIPES, Quantizer, Recipe, quant_linears, quantize_mx
 
@@ -117,9 +118,16 @@ class TestRuns:
         assert sum("period" in state for state in whole["optimizer"]["state"].values()) == 17
         assert whole["model"]["layers.1.downsample.reduction.ema_updates"] == 2 * (1437 // 180) >= 10
 
-    def test_evaluation_and_finetuning(self, capsys):
+    def test_evaluation_and_finetuning(self, evaluated, capsys):
         assert main([*self.ARGUMENTS, "--epochs", "1", "--output-dir", "out"]) == 0
         log = json.loads(Path("out/log.txt").read_text())
+        no_augmentation = {"repeats": 1, "aa": "none", "color_jitter": 0.0, "reprob": 0.0}
+        data = DataConfig("DIGITS", None, False, 16, batch_size=360, num_workers=0, seed=0, **no_augmentation)
+        ((images, labels),) = build_loaders(data).val
+        model = timm.create_model(NAME, img_size=16, num_classes=10, quant=Recipe())
+        model.load_state_dict(torch.load("out/checkpoint.pth", weights_only=True)["model"])
+        found = {f"test_{name}": value for name, value in evaluated(model, images, labels).items()}
+        assert {name: log[name] for name in found} == pytest.approx(found, rel=1e-4)
         for option in ("--resume", "--finetune"):
             assert main([*self.ARGUMENTS, "--eval", option, "out/checkpoint.pth"]) == 0
             result = json.loads(capsys.readouterr().out.splitlines()[-1])

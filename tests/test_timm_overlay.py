@@ -77,6 +77,7 @@ def test_which_linears_change_and_which_stay(name, dim, depth):
     shapes = {"attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim), "mlp.fc1": (4 * dim, dim), "mlp.fc2": (dim, 4 * dim)}
     for layer, shape in shapes.items():
         assert tuple(model.blocks[0].get_submodule(layer).weight.shape) == shape
+    assert model.blocks[0].attn.num_heads == dim // (32 if dim < 192 else 64)
     plain = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, QuantLinear)}
     assert plain == ({"head", "head_dist"} if "distilled" in name else {"head"})
     assert isinstance(model.patch_embed.proj, nn.Conv2d)

@@ -103,6 +103,35 @@ def test_frozen_for_good_and_free_before_a_quarter(device):
     assert (model[0].weight[:, ::2] == value).all() and (model[0].weight[:, 1::2] == 0.3).all()
 
 
+# With momentum 0.01, f is 1 - 0.99**n after n turns in a row, and then falls by 1 % per step. The threshold at step t
+# of 100 is 0.02 + 0.04 (1 + cos(pi (t - 25) / 75)). The table gives the first step at which f exceeds the threshold, by
+# the number of turns.
+FREEZES_AT = {6: 87, 7: 81, 8: 76, 9: 71, 10: 66, 11: 60, 12: 25}
+
+
+@pytest.mark.parametrize("skipping", [False, True])
+def test_a_weight_freezes_at_the_first_step_whose_threshold_it_exceeds(skipping, device):
+    """The threshold of the same step counts, not that of the step before. Skipped steps change nothing."""
+    model = make(device, Recipe(), rows=1)
+    weight, turns = model[0].weight, list(FREEZES_AT)
+    nn.init.constant_(weight, 5.9)  # a scale of 1
+    nn.init.constant_(weight[0, : len(turns)], 3.6)
+    freeze = Freeze(model, total_steps=100, threshold=0.02, momentum=0.01)
+    frozen_at = {}
+    for step in range(1, 101):
+        for column, count in enumerate(turns):
+            if step <= count + 1:  # the first change is no turn
+                nn.init.constant_(weight[0, column], 3.4 if step % 2 else 3.6)
+        if skipping:
+            for _ in range(step % 3):
+                freeze.update(torch.ones((), device=device))
+        freeze.update(torch.zeros((), device=device) if skipping else None)
+        frozen = ~freeze.state_dict()["tracks"][0]["frozen"].isnan()
+        for column in frozen[0].nonzero().flatten().tolist():
+            frozen_at.setdefault(column, step)
+    assert {turns[column]: step for column, step in frozen_at.items()} == FREEZES_AT
+
+
 def test_state_goes_on_bit_for_bit(device):
     whole, parts = make(device, Recipe()), make(device, Recipe())
     a = Freeze(whole, total_steps=40, threshold=0.1, momentum=0.05)

@@ -23,6 +23,7 @@ from quantization import (
     quantize_mx,
     reference,
     swap_linears,
+    take_lost_groups,
     weights_quantized_once,
 )
 from quantization import linear as linear_module
@@ -148,10 +149,16 @@ def test_microscaling_choices_leave_a_bias(recipe, randn, device):
     assert max(after for _, after in errors) > 0.02
 
 
-def test_bias_gradient_is_the_unquantized_sum_in_fp32(problem, device):
+@pytest.mark.parametrize("recipe", [Recipe(), RECIPES["microscaling"], RECIPES["none"]], ids=Recipe.describe)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bias_gradient_is_the_unquantized_sum_in_fp32(dtype, recipe, problem, device):
+    """The sum of a bf16 gradient is in fp32, too: a sum in bf16 would have an error of 2e-3."""
     x, dy = problem
-    db = gradients(make(Recipe(), device), x, dy)[2]
-    assert db.dtype == torch.float32
+    layer, dy = make(recipe, device), dy.to(dtype)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = layer(x)
+    (db,) = torch.autograd.grad(y, layer.bias, dy)
+    assert y.dtype == dtype and db.dtype == torch.float32
     assert relative_error(db, dy.double().sum((0, 1))) < 1e-6
 
 
@@ -215,6 +222,108 @@ def test_every_backward_pass_layer_and_operand_has_its_own_key(problem, device, 
     torch.manual_seed(9)
     second(first(x)).backward(dy)
     assert torch.equal(torch.cat(drawn[-2:]), keys[:8])  # the generator's state repeats them
+
+
+STOCHASTIC = Quantizer(rounding="stochastic")
+KEYED = {
+    "tetrajet": (Recipe(), "bf16"),
+    "stochastic forward pass": (Recipe(STOCHASTIC, STOCHASTIC), "bf16"),
+    "direct": (replace(Recipe(), double=False), "bf16"),
+    "tetrajet in fp8": (Recipe(), "fp8"),
+    "fp8 for dX alone": (replace(Recipe(), q6=OFF), "fp8"),
+    "fp8 for dW alone": (replace(Recipe(), q4=OFF), "fp8"),
+}
+
+
+@pytest.mark.parametrize("name", KEYED)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_every_operand_is_rounded_by_its_own_key(autocast, name, problem, device):
+    """PyTorch's generator gives the keys in the order of the quantizers: two for a stochastic forward pass, and four
+    new ones for each of two backward passes. The test rebuilds every operand from its key with `quantize_mx`."""
+    x, dy = problem
+    recipe, matmul = KEYED[name]
+    layer = make(recipe, device)
+    layer.matmul = matmul
+    dy = dy.bfloat16() if autocast else dy
+    torch.manual_seed(9)
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    got = [torch.autograd.grad(y, (x, layer.weight), dy, retain_graph=True) for _ in range(2)]
+
+    torch.manual_seed(9)
+    seen = []
+
+    def keys(count):
+        seen.append(torch.randint(-(2**63), 2**63 - 1, (count,), device=device))
+        return seen[-1].split(1)
+
+    def operand(q, t, axis, key):
+        key = key if q.rounding is Rounding.STOCHASTIC else None
+        return quantize_mx(t, axis=axis, rounding=q.rounding, key=key).dequantize() if q.enabled else t
+
+    x2, dy2, w = x.detach().reshape(-1, 70), dy.float().reshape(-1, 45), layer.weight.detach()
+    key1, key2 = keys(2) if recipe.q1.rounding is Rounding.STOCHASTIC else (None, None)
+    q1, q2 = operand(recipe.q1, x2, 1, key1), operand(recipe.q2, w, 1, key2)
+    close = 2**-7 if autocast else 1e-6
+    assert relative_error(y.reshape(-1, 45), q1.double() @ q2.double().T + layer.bias.double()) < close
+    for dx, dw in got:
+        key3, key4, key5, key6 = keys(4)
+        q3, q5 = operand(recipe.q3, dy2, 1, key3), operand(recipe.q5, dy2, 0, key5)
+        q4 = operand(recipe.q4, q2 if recipe.double else w, 0, key4)
+        q6 = operand(recipe.q6, q1 if recipe.double else x2, 0, key6)
+        assert relative_error(dx.reshape(-1, 70), q3.double() @ q4.double()) < close
+        assert relative_error(dw, q5.double().T @ q6.double()) < close
+    assert torch.cat(seen).unique().numel() == torch.cat(seen).numel()
+
+
+class TestFp8:
+    """There are 32 groups, each a binade below the one before. E5M2 holds E2M1 groups that lie up to 28 binades apart,
+    which are 29 of the 32. E4M3 holds 14 binades, which are 15 groups. The smaller groups are lost."""
+
+    E5M2, E4M3 = 32 - 29, 32 - 15
+
+    @staticmethod
+    def lost(layer: QuantLinear, x: torch.Tensor, dy: torch.Tensor) -> tuple[int, int]:
+        """The numbers of groups that became zero in the forward and in the backward pass."""
+        layer.matmul = "fp8"
+        take_lost_groups(x.device)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            y = layer(x.requires_grad_())
+        forward = int(take_lost_groups(x.device))
+        y.backward(dy.bfloat16())
+        return forward, int(take_lost_groups(x.device))
+
+    @pytest.fixture
+    def binades(self, device) -> torch.Tensor:
+        return torch.exp2(-torch.arange(32.0, device=device))[:, None]
+
+    def test_a_gradient_over_20_binades_loses_nothing(self, randn, device):
+        """E4M3 would lose about 18 of the 64 rows. Every row of dX is compared with float64."""
+        layer, x = make(ALL_NEAREST, device, 70, 45), randn(64, 70)
+        dy = (randn(64, 45) * torch.exp2(torch.linspace(0, -20, 64, device=device))[:, None]).bfloat16()
+        assert self.lost(layer, x, dy) == (0, 0)
+        q2 = quantize_mx(layer.weight.detach()).dequantize()
+        wanted = quantize_mx(dy.float()).dequantize().double() @ quantize_mx(q2, axis=0).dequantize().double()
+        assert ((x.grad - wanted).norm(dim=1) < 1e-5 * wanted.norm(dim=1)).all()
+
+    def test_the_output_gradient_is_e5m2(self, binades, device):
+        """Each row of dY is a group of Q3, and each column is a group of Q5."""
+        layer, x = make(ALL_NEAREST, device, 32, 32), torch.ones(32, 32, device=device)
+        assert self.lost(layer, x, binades.expand(32, 32)) == (0, self.E5M2)
+
+    def test_the_input_is_e5m2_and_again_quantized_e4m3(self, binades, device):
+        """Each of 32 rows has 32 groups of Q1, with 32 channels each, and each channel is a group of Q6."""
+        layer = make(ALL_NEAREST, device, 32 * 32, 32)
+        nn.init.ones_(layer.weight)
+        x = binades.repeat_interleave(32, dim=0).T.repeat(32, 1)
+        assert self.lost(layer, x, torch.ones(32, 32, device=device)) == (32 * self.E5M2, 32 * self.E4M3)
+
+    def test_the_weight_is_e4m3_both_times(self, binades, device):
+        layer = make(ALL_NEAREST, device, 32 * 32, 32)
+        with torch.no_grad():
+            layer.weight.copy_(binades.repeat_interleave(32, dim=0).T)
+        x, dy = torch.ones(32, 32 * 32, device=device), torch.ones(32, 32, device=device)
+        assert self.lost(layer, x, dy) == (32 * self.E4M3, 32 * self.E4M3)
 
 
 def test_stochastic_forward_rounding_works(problem, device):
@@ -405,20 +514,31 @@ class TestWeightsQuantizedOnce:
 
 
 class TestQEma:
-    def test_starts_at_the_present_weight_and_follows_algorithm_1(self, device):
-        layer = make(Recipe().with_q_ema(0.9), device)
-        nn.init.normal_(layer.weight)
-        start = layer.weight.detach().clone()
-        q_ema = QEma(layer)
-        assert torch.equal(layer.weight_ema, start)
-        expected = start.double()
-        for step in range(3):
+    @pytest.mark.parametrize("flagged", [False, True])
+    @pytest.mark.parametrize("betas", [(0.9, 0.9), (0.9, 0.998)], ids=str)
+    def test_starts_at_the_present_weight_and_follows_algorithm_1(self, betas, flagged, device):
+        """The formula holds before and after the tenth update, from which on Q2 uses the average, with a flag for
+        skipped steps and without one. Each layer has its own beta."""
+        layers = nn.ModuleList([make(Recipe().with_q_ema(beta), device) for beta in betas])
+        for layer in layers:
+            nn.init.normal_(layer.weight)
+        starts = [layer.weight.detach().clone() for layer in layers]
+        q_ema = QEma(layers)
+        assert all(torch.equal(layer.weight_ema, start) for layer, start in zip(layers, starts))
+        expected, updates = [start.double() for start in starts], 0
+        for step in range(2 * linear_module.Q_EMA_START):
             with torch.no_grad():
-                layer.weight += 0.1 * (step + 1)
-            q_ema.update()
-            expected = 0.9 * expected + 0.1 * layer.weight.detach().double()
-        assert relative_error(layer.weight_ema, expected) < 1e-6
-        assert layer.ema_updates == 3 and layer.weight_ema.dtype == torch.float32
+                for layer in layers:
+                    layer.weight += 0.1 * (step % 5 - 1)
+            skipped = flagged and step % 3 == 2
+            q_ema.update(torch.tensor(float(skipped), device=device) if flagged else None)
+            updates += not skipped
+            for i, (layer, beta) in enumerate(zip(layers, betas)):
+                if not skipped:
+                    expected[i] = beta * expected[i] + (1 - beta) * layer.weight.detach().double()
+                assert relative_error(layer.weight_ema, expected[i]) < 1e-6, (step, beta)
+                assert layer.ema_updates == updates and layer.weight_ema.dtype == torch.float32
+        assert updates > linear_module.Q_EMA_START
 
     def test_is_used_from_the_tenth_update_on_in_training_and_evaluation(self, randn, device):
         layer = make(Recipe().with_q_ema(0.5), device)

@@ -72,6 +72,21 @@ def test_mean_last_epoch_and_differences_of_the_same_seeds(tmp_path):
     assert "| nearest, direct, floor | 58.56 | -1.19 | 63.00 +- 2.83 (n = 2) |" in results
 
 
+def test_seeds_are_paired_by_seed_where_one_of_the_first_row_is_missing(tmp_path):
+    """TetraJet has the seeds 0 and 2, Microscaling 0, 1 and 2. By position, 64 would be compared with 70."""
+    for seed, mx in enumerate((61.0, 70.0, 66.0)):
+        finish(tmp_path, run_for("table2", "Microscaling", seed), mx)
+    for seed, plain in ((0, 60.0), (2, 64.0)):
+        finish(tmp_path, run_for("table2", "TetraJet", seed), plain)
+    write_reports(["table2"], "smoke", SMOKE, tmp_path)
+    # 61 - 60 and 66 - 64: mean 1.5, sample deviation the root of 1/2.
+    microscaling = "| Microscaling | 58.56 | -1.19 | 65.67 +- 4.51 (n = 3) | +1.50 +- 0.71 (n = 2) |"
+    assert microscaling in lines_of(tmp_path / "table2.md")
+    claim = "| TetraJet is ahead of Microscaling | Table 2, DeiT-T | top-1 % | +1.19 | "
+    lines = lines_of(tmp_path / "results.md")
+    assert claim + "-1.50 +- 0.71 (n = 2) | 0.50 | cannot be told, n < 3 |" in lines
+
+
 def test_figure_gap_and_claims_stand_before_the_tables(tmp_path):
     for seed in range(3):
         finish(tmp_path, run_for("table2", "full precision", seed), 70.0 + seed)
@@ -98,6 +113,18 @@ def test_figure_gap_and_claims_stand_before_the_tables(tmp_path):
     assert "| Q-EMA gains on TetraJet | Table 2, DeiT-T | top-1 % | +0.25 |  |  | not run |" in lines
     assert f"holds: 3, not run: {len(CLAIMS) - 3}." in lines
     assert "## The paper's claims" not in (tmp_path / "table2.md").read_text()
+
+
+def test_the_methods_drawn_have_their_top_1_by_seed(tmp_path, monkeypatch):
+    """Rows of Tables 2 and 4, of which those with the same options stand once, under Table 2's label."""
+    drawn = []
+    monkeypatch.setattr("reproduction.figures.methods_figure", lambda accuracies, png: drawn.append(accuracies))
+    for seed in range(2):
+        finish(tmp_path, run_for("table2", "TetraJet", seed), 60.0 + seed)
+        finish(tmp_path, run_for("table4", DAMPEN, seed), 50.0 + seed)
+    write_reports([], "smoke", SMOKE, tmp_path)
+    wanted = {"TetraJet": [60.0, 61.0], f"TetraJet {DAMPEN}": [50.0, 51.0]}
+    assert drawn == [{"deit_micro_patch4_32 (the paper: DeiT-T)": wanted}]
 
 
 def test_claims_about_what_only_tracked_runs_have(tmp_path):

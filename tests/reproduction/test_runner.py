@@ -182,6 +182,53 @@ def test_jobs_share_the_gpus(gpus, jobs, many, expected):
     assert [" ".join(machine.slot_gpus(slot, many)) for slot in range(jobs)] == expected
 
 
+@pytest.mark.parametrize(
+    ("visible", "count", "jobs", "many", "gpus", "wanted"),
+    [
+        (None, 3, None, False, "0 1 2", 3),
+        (None, 3, None, True, "0 1 2", 1),  # a run takes all of them
+        ("5,2,7", 3, None, False, "5 2 7", 3),
+        ("5,2,7", 2, 1, False, "5 2", 1),  # of which the third is not there
+        ("", 0, None, True, "", 4),
+        (None, 0, 2, False, "", 2),
+    ],
+)
+def test_jobs_and_gpus_of_this_machine(visible, count, jobs, many, gpus, wanted, monkeypatch):
+    """As many GPUs as PyTorch finds, by the names that the environment gives them; eight cores run four jobs."""
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(runner, "environment", dict)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    machine = runner.this_machine(jobs, many)
+    assert (" ".join(machine.gpus), machine.jobs) == (gpus, wanted)
+
+
+def test_a_run_has_its_own_gpus_and_threads_and_reports_its_last_epoch(tmp_path, monkeypatch, capsys):
+    """The second of two jobs on four GPUs and sixteen cores; what is started prints what it was given."""
+    script = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'])"
+    monkeypatch.setattr(runner, "executable", lambda command: [sys.executable, "-c", script])
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    setups = {"DeiT-T": replace(SETUP, global_batch=120)}
+    (run, _) = plan([PAIR], replace(TINY, epochs=2, setups=setups, torchrun=True), seeds=1)
+    job = runner.start(run, tmp_path, 1, Machine(("4", "5", "6", "7"), 2, {"device": "abacus"}), None)
+    assert job.process.wait(60) == 0
+    assert (job.directory / runner.OUTPUT).read_text() == "6,7 4\n"
+    record = json.loads((job.directory / RECORD).read_text())
+    assert record["environments"] == [{"device": "2 x abacus"}] and record["options"]["batch_size"] == 60
+    assert "--nproc_per_node 2 main.py" in record["command"]
+    lines = [json.dumps({"epoch": epoch, "test_acc1": top1}) for epoch, top1 in enumerate((70.5, 62.25))]
+    with runner.tqdm(total=1) as bar:
+        (job.directory / "log.txt").write_text(lines[0] + "\n")
+        assert not runner._report(job, bar)
+        (job.directory / "log.txt").write_text("\n".join(lines) + "\n")
+        assert runner._report(job, bar)
+    failed, *_, done = capsys.readouterr().out.splitlines()
+    assert failed.startswith("FAILED with exit code 0: torchrun ") and done.startswith(f"{run.name}: top-1 62.25 %, ")
+
+
 def test_the_global_batch_is_the_papers_on_any_number_of_gpus():
     run = plan([TARGETS["table6"]], PROTOCOLS["imagenet"], seeds=1)[0]
     assert shell(run.command(4)) == (

@@ -1,0 +1,52 @@
+"""What TensorBoard is given: read back from its file, record by record."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from oscillation_log import Measure, Row
+from run_log import RunLog
+
+
+def events(directory: Path) -> list[Event]:
+    """A record is its length (8 bytes), a checksum (4), the event, and another checksum (4)."""
+    found = []
+    (path,) = (directory / "tensorboard").glob("events.*")
+    content = path.read_bytes()
+    while content:
+        (length,) = struct.unpack_from("<Q", content)
+        found.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    return found
+
+
+def test_curves_are_by_the_epoch_and_a_run_that_goes_on_purges_what_it_repeats(tmp_path):
+    with RunLog(tmp_path, {}, epoch=3) as log:
+        log.epoch({"epoch": 3, "train_loss": 0.5, "test_acc1": 75.0})
+    told = [event for event in events(tmp_path) if event.HasField("session_log") or event.HasField("summary")]
+    assert (told[0].step, told[0].session_log.status) == (3, SessionLog.START)
+    points = [(event.step, value.tag, value.simple_value) for event in told[1:] for value in event.summary.value]
+    assert points == [(3, "train_loss", 0.5), (3, "test_acc1", 75.0)]
+
+
+def test_a_histogram_has_its_bins_upper_edges(tmp_path):
+    """Bins of a quarter from -0.5 on. TensorBoard wants each bucket's upper limit, and sums over all values."""
+    shares = [0.25, 0.0, 0.5, 0.25]
+    rows = [Row(3, 176, 30, Measure.LATENT_HISTOGRAM, "all", -0.5 + i / 4, share) for i, share in enumerate(shares)]
+    rows += [Row(3, 176, 30, Measure.RATE_WEIGHT, "blocks.0.mlp.fc1", None, 0.125)]
+    rows += [Row(3, 176, 30, Measure.RATIO, "blocks.0.mlp.fc1[0][1]", None, 20.0)]
+    (tmp_path / "oscillation.csv").write_text("epoch,step,window,measure,where,x,value\n")
+    with RunLog(tmp_path, {}) as log:
+        log.oscillation(rows)
+    values = [(event.step, value) for event in events(tmp_path) for value in event.summary.value]
+    assert [(step, value.tag) for step, value in values] == [(3, "rate_w/blocks.0.mlp.fc1"), (3, "latent_histogram")]
+    histogram = values[1][1].histo
+    assert (histogram.min, histogram.max, histogram.num) == (-0.5, 0.5, 1)
+    assert list(histogram.bucket_limit) == [-0.25, 0.0, 0.25, 0.5] and list(histogram.bucket) == shares
+    middles = [-0.375, -0.125, 0.125, 0.375]
+    assert histogram.sum == pytest.approx(sum(s * x for s, x in zip(shares, middles)))
+    assert histogram.sum_squares == pytest.approx(sum(s * x * x for s, x in zip(shares, middles)))

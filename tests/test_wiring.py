@@ -1,0 +1,258 @@
+"""What main.py hands to the parts of a run: schedules, optimizer, Mixup, remedies, detections and sums."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.data.random_erasing import RandomErasing
+from timm.layers import DropPath
+from torch import nn
+from torchvision.transforms import ColorJitter
+
+import datasets
+from datasets import CALIBRATION_ORDER, set_epoch
+from engine import EpochSums, TrainStep, train_one_epoch
+from main import build_model, build_optimizer, main
+from options import parse_args
+from quantization import RECIPES, Dampen, Freeze, Int4Linear, OsciReset, quant_linears, quantize_mx
+from run_log import TABLE_HEAD, RunLog, table_row
+from training import Training
+
+CPU = torch.device("cpu")
+TINY = ["--model", "deit_micro_patch4_32", "--input-size", "8", "--num-workers", "0", "--device", "cpu"]
+MXFP4 = [*TINY, "--quant", "mxfp4"]
+
+
+@pytest.fixture(autouse=True)
+def few_digits_in_an_empty_directory(tmp_path, monkeypatch):
+    """DIGITS with 64 images to train on and 20 held out."""
+    monkeypatch.chdir(tmp_path)
+    digits = datasets._IN_MEMORY["DIGITS"]
+
+    def few(root: Path | None, download: bool, training: bool):
+        return tuple(array[: 64 if training else 20] for array in digits(root, download, training))
+
+    monkeypatch.setitem(datasets._IN_MEMORY, "DIGITS", few)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """built(*options): what main.py makes of a command, up to where training would begin."""
+    found: list[Training] = []
+
+    def build(*options: str) -> Training:
+        with monkeypatch.context() as patch:
+            patch.setattr(Training, "run", lambda self, log: found.append(self))
+            assert main([*options, "--output-dir", f"built-{len(found)}"]) == 0
+        return found[-1]
+
+    return build
+
+
+class TestLearningRate:
+    def test_by_the_epoch(self):
+        """Two epochs along the line of the warm-up, then on the cosine over all four, whose end would be the fifth."""
+        options = [*TINY, "--epochs", "4", "--batch-size", "32", "--lr", "0.16"]
+        options += ["--warmup-epochs", "2", "--warmup-lr", "2e-4", "--min-lr", "1e-3", "--output-dir", "out"]
+        assert main(options) == 0
+        rates = [json.loads(line)["lr"] for line in Path("out/log.txt").read_text().splitlines()]
+        peak = 0.16 * 32 / 512
+        cosine = [1e-3 + (peak - 1e-3) * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in (2, 3)]
+        assert rates == pytest.approx([2e-4, (2e-4 + peak) / 2, *cosine], rel=1e-9)
+
+    @pytest.mark.parametrize("ramping", [[], ["--quant", "mxfp4", "--q-ramping"]])
+    def test_adam_is_deits(self, ramping):
+        args = parse_args([*TINY, "--batch-size", "128", "--lr", "4e-3", *ramping])
+        optimizer = build_optimizer(args, nn.Linear(3, 2), CPU)
+        for group in optimizer.param_groups:
+            assert (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.9, 0.999), 1e-8)
+
+
+class TestParts:
+    def test_mixup_and_cutmix(self, built):
+        options = ["--mixup", "0.3", "--cutmix", "0.7", "--smoothing", "0.2"]
+        mixup = built(*TINY, *options).step.mixup
+        assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.label_smoothing, mixup.num_classes) == (0.3, 0.7, 0.2, 10)
+        assert (mixup.mode, mixup.mix_prob, mixup.switch_prob) == ("batch", 1.0, 0.5)  # DeiT's
+        assert built(*TINY, "--mixup", "0", "--cutmix", "0.7").step.mixup.cutmix_alpha == 0.7
+
+    def test_augmentation(self, built):
+        options = ["--color-jitter", "0.4", "--reprob", "0.6", "--input-size", "4"]
+        transforms = built(*TINY, *options).loaders.train.dataset.dataset.transform.transforms
+        (jitter,) = (t for t in transforms if isinstance(t, ColorJitter))
+        (erasing,) = (t for t in transforms if isinstance(t, RandomErasing))
+        assert jitter.brightness == pytest.approx((0.6, 1.4)) and erasing.probability == 0.6
+
+    def test_stochastic_depth_grows_with_the_block(self, built):
+        model = built(*TINY, "--model", "deit_nano_patch4_32", "--drop-path", "0.25").progress.model
+        rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+        assert rates == pytest.approx([0.05 * block for block in range(1, 6) for _ in range(2)])
+
+    def test_a_batch_goes_through_the_model_in_its_micro_batches(self, built):
+        training = built(*TINY, "--batch-size", "32", "--accumulate-steps", "4")
+        sizes: list[int] = []
+        training.progress.model.register_forward_pre_hook(lambda model, inputs: sizes.append(len(inputs[0])))
+        training.step(next(iter(training.loaders.train)))
+        assert sizes == [8] * 4
+
+    def test_distillation(self, built):
+        torch.save(build_model("deit_micro_patch4_32", 10, 32, 0.0, RECIPES["none"]).state_dict(), "teacher.pth")
+        options = ["--model", "deit_tiny_distilled_patch16_224", "--input-size", "32", "--distillation-type", "soft"]
+        options += ["--teacher-model", "deit_micro_patch4_32", "--teacher-path", "teacher.pth", "--device", "cpu"]
+        criterion = built(*options, "--distillation-alpha", "0.3").step.criterion
+        assert (criterion.alpha, criterion.tau) == (0.3, 1.0)
+
+    def test_int4s_step_sizes_are_of_training_images(self, built):
+        """LSQ's 2 mean |x| / sqrt(7) of the first layer's input, for the first batch of the calibration's order."""
+        training = built(*TINY, "--quant", "int4")
+        set_epoch(training.loaders.calibration, training.data, CALIBRATION_ORDER)
+        images, _ = next(iter(training.loaders.calibration))
+        model = training.progress.model.eval()
+        block = model.blocks[0]
+        with torch.no_grad():
+            x = block.norm1(model._pos_embed(model.patch_embed(images)))
+        layer = block.attn.qkv
+        assert isinstance(layer, Int4Linear)
+        wanted = 2 * layer.transformed(x).double().abs().mean() / math.sqrt(7)
+        assert layer.input_step.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+    def test_what_a_run_that_goes_on_must_share_with_the_checkpoint(self, built):
+        """Every option that makes another run, each with another value than its default."""
+        given = {"--epochs": 3, "--batch-size": 16, "--accumulate-steps": 2, "--keep-last-batch": True, "--seed": 5}
+        given |= {"--lr": 0.25, "--min-lr": 0.125, "--warmup-lr": 0.5, "--warmup-epochs": 1, "--weight-decay": 0.75}
+        given |= {"--clip-grad": 2.0, "--model-ema-decay": 0.5, "--drop-path": 0.25, "--smoothing": 0.25}
+        given |= {"--mixup": 0.5, "--cutmix": 0.75, "--aa": "rand-m9", "--color-jitter": 0.5, "--reprob": 0.75}
+        given |= {"--repeats": 2, "--q-ramping-k1": 8.0, "--q-ramping-k2": 3, "--q-ramping-steps": 7}
+        options = [
+            text for option, value in given.items() for text in (option, *([] if value is True else [str(value)]))
+        ]
+        identity = built(*MXFP4, "--q-ema", "--q-ema-beta", "0.5", "--q-ramping", *options).progress.identity
+        assert {name: identity[name] for name in given} == given
+        assert "q_ema_beta=0.5" in identity["recipe"] and identity["optimizer"] == "RampingAdamW"
+        assert (identity["model"], identity["input size"]) == ("deit_micro_patch4_32", 8)
+
+
+class TestRemedies:
+    RUN = [*MXFP4, "--epochs", "3", "--batch-size", "16", "--warmup-epochs", "0"]  # 12 steps
+
+    def test_dampens_strength_follows_the_whole_run(self, built):
+        dampen = built(*self.RUN, "--dampen", "0.5").answer
+        for step in (2, 3, 4, 8, 12):
+            dampen.step = step
+            progress = max(0, step / 12 - 1 / 4) / (3 / 4)
+            wanted = 0.5 * (1 - math.cos(math.pi * progress)) / 2
+            assert dampen.numbers()["dampen_weight"] == pytest.approx(wanted, abs=1e-12)
+
+    @pytest.mark.parametrize(("reduction", "share"), [("sum", 1.0), ("kernel_mean", 1 / 128)])
+    def test_a_step_adds_dampens_gradient(self, reduction, share, built):
+        """2 lambda (W - Q2(W)), for `kernel_mean` over 128 input channels, to what a step without it has."""
+        gradients = []
+        for options in ([], ["--dampen", "10", "--dampen-reduction", reduction]):
+            training = built(*self.RUN, *options)
+            if options:
+                assert isinstance(training.answer, Dampen)
+                training.answer.step = 12
+            weight = training.progress.model.blocks[0].mlp.fc1.weight
+            before = weight.detach().clone()
+            torch.manual_seed(7)
+            training.step((torch.ones(4, 3, 8, 8), torch.arange(4)))
+            gradients.append(weight.grad)
+        wanted = 2 * 10 * share * (before - quantize_mx(before, axis=-1).dequantize())
+        assert torch.allclose(gradients[1] - gradients[0], wanted, rtol=1e-4, atol=1e-6) and wanted.abs().max() > 1e-3
+
+    def test_freezes_threshold_follows_the_whole_run(self, built):
+        freeze = built(*self.RUN, "--freeze", "0.02").answer
+        assert isinstance(freeze, Freeze)
+        wanted = {2: math.inf, 3: 0.1, 6: 0.02 + 0.08 * (1 + math.cos(math.pi / 3)) / 2, 12: 0.02}
+        assert {step: freeze.threshold_after(step) for step in wanted} == pytest.approx(wanted)
+
+    def test_osci_reset(self, built):
+        options = ["--osci-reset", "--osci-reset-start", "0.25", "--osci-reset-interval", "4"]
+        reset = built(*self.RUN, *options, "--osci-reset-threshold", "7").answer
+        assert isinstance(reset, OsciReset)
+        assert (reset.start, reset.interval, reset.window, reset.threshold) == (3, 4, 4, 7)
+
+    def test_the_models_average_is_of_the_weights_that_freeze_puts_back(self, built):
+        """A decay of almost 0 leaves the weights themselves, after a step in which the optimizer moved frozen ones."""
+        training = built(
+            *self.RUN, "--epochs", "1", "--batch-size", "64", "--freeze", "0.02", "--model-ema-decay", "1e-9"
+        )
+        training.answer.state_dict()["tracks"][0]["frozen"][3] = 0.25
+        with RunLog(training.directory, {}) as log:
+            training.run(log)
+        name = "blocks.0.attn.qkv.weight"
+        model, average = training.progress.model.state_dict(), training.progress.model_ema.module.state_dict()
+        assert (model[name][3] == 0.25).all() and not (model[name][4] == 0.25).any()
+        assert all(torch.equal(average[name], value) for name, value in model.items())
+
+
+class TestDetection:
+    @pytest.fixture
+    def training(self, built) -> Training:
+        options = ["--q-ramping", "--q-ramping-steps", "2", "--q-ramping-k2", "1", "--warmup-epochs", "0"]
+        return built(*MXFP4, *options, "--batch-size", "16")
+
+    def test_each_has_an_order_of_its_own(self, training):
+        seen: list[torch.Tensor] = []
+        handle = training.progress.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
+        for epoch in (1, 2):
+            training.ramping.before_epoch(epoch)
+        handle.remove()
+        for epoch in (1, 2):
+            set_epoch(training.loaders.train, training.data, epoch)
+            seen += [images for (images, _), _ in zip(training.loaders.train, range(2))]
+        assert len(seen) == 8
+        for i in range(8):
+            assert not any(torch.equal(seen[i], seen[j]) for j in range(i))
+
+    def test_its_numbers_are_those_of_the_periods(self, training):
+        """With k1 = 16 and k2 = 1 a weight's period exceeds 1 where it oscillates. Both numbers are over all weights,
+        the share is in percent."""
+        numbers = training.ramping.before_epoch(1)
+        state = training.step.optimizer.state
+        weights = [layer.weight for layer in quant_linears(training.progress.model).values()]
+        periods = torch.cat([state[weight]["period"].double().flatten() for weight in weights])
+        assert len(weights) == 8 and (periods > 1).any()
+        assert numbers["oscillating"] == pytest.approx(100 * (periods > 1).double().mean().item())
+        assert numbers["mean_period"] == pytest.approx(periods.mean().item())
+
+
+class TestEpochSums:
+    @staticmethod
+    def step() -> TrainStep:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 3)
+        return TrainStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.0), CPU)
+
+    def test_means_are_over_images_where_batches_differ_in_size(self):
+        step = self.step()
+        images, labels = torch.randn(9, 6), torch.arange(9) % 3
+        numbers = train_one_epoch(step, list(zip(images.split(7), labels.split(7))), 0, 1, lambda: None)
+        logits = step.model(images).detach().double()
+        assert numbers["train_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+        right = sum(int(row.argmax()) == label for row, label in zip(logits, labels.tolist()))
+        assert numbers["train_acc1"] == pytest.approx(100 * right / 9) and 0 < right < 9
+
+    def test_images_per_second_are_over_the_whole_epoch_also_in_a_run_that_goes_on(self):
+        """16 images in 50 seconds before it went on, 16 in a moment after that."""
+        loader = [(torch.randn(8, 6), torch.arange(8) % 3)] * 2
+        sums = EpochSums(steps=2, images=16, seconds=50.0)
+        speed = train_one_epoch(self.step(), loader, 0, 1, lambda: None, sums)["img_per_s"]
+        assert 32 / 60 < speed <= 32 / 50
+
+
+def test_the_table_has_each_number_in_its_place():
+    row = {"epoch": 4, "train_loss": 1.25, "test_loss": 0.5, "test_acc1": 61.5, "test_acc5": 93.25, "img_per_s": 1234.4}
+    row |= {"lr": 2.5e-4, "lost_groups": 0, "bad_images": 3, "skipped_steps": 2, "ema_acc1": 60.5, "ema_acc5": 92.0}
+    row |= {"oscillating": 1.5, "mean_period": 2.25}
+    words = table_row(row, 12).split()
+    assert words[:7] == ["5/12", "1.2500", "0.5000", "61.50", "93.25", "1234", "2.5e-04"]
+    told = "average: 60.50 % 1.50 % oscillate, mean period 2.25 3 images were not readable "
+    assert " ".join(words[7:]) == told + "2 steps were not finite and skipped"
+    head = TABLE_HEAD.replace(" loss", "-loss").replace(" %", "-%").split()
+    assert head == ["epoch", "train-loss", "test-loss", "top-1-%", "top-5-%", "img/s", "lr"]
