@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as T
 
-import distributed
-from epoch_order import EpochBatches, PlannedBatches
-from errors import UserError
-from fractals import fractal_images
-from interrupts import leave_to_parent
-from quantization.snapshot import rng_state, set_rng_state
+from data.epoch_order import EpochBatches, PlannedBatches
+from data.fractals import fractal_images
+from quantization.optim.snapshot import rng_state, set_rng_state
+from runtime import processes
+from runtime.errors import UserError
+from runtime.interrupts import leave_to_parent
 
 SMALL_IMAGE = 32  # up to this input size an image is cropped by a few pixels, not resized at random
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # DeiT's choice
@@ -274,7 +274,7 @@ def build_loaders(config: DataConfig) -> Loaders:
     """Training, validation and calibration loaders. Raises UserError for data that is missing or does not fit."""
     train, num_classes = _open(config, training=True)
     val, _ = _open(config, training=False)
-    sampler_options = {"num_replicas": distributed.world_size(), "rank": distributed.rank(), "shuffle": True}
+    sampler_options = {"num_replicas": processes.world_size(), "rank": processes.rank(), "shuffle": True}
 
     def train_loader() -> DataLoader:
         if config.repeats > 1:
@@ -291,7 +291,7 @@ def build_loaders(config: DataConfig) -> Loaders:
             f"an epoch must hold at least one batch: {config.name} gives {len(loader.batch_sampler.sampler)} training "
             f"images to a process, --batch-size is {config.batch_size}; lower --batch-size or --repeats"
         )
-    val_share = Subset(val, range(distributed.rank(), len(val), distributed.world_size()))
+    val_share = Subset(val, range(processes.rank(), len(val), processes.world_size()))
     return Loaders(loader, _loader(val_share, config), train_loader(), num_classes)
 
 
@@ -301,7 +301,7 @@ def set_epoch(loader: DataLoader, config: DataConfig, epoch: int, first: int = 0
     It begins with batch `first`, as it is in the whole epoch.
     """
     order = config.seed * 2 * CALIBRATION_ORDER + epoch
-    loader.batch_sampler.set_epoch(order, distributed.rank(), first)
+    loader.batch_sampler.set_epoch(order, processes.rank(), first)
 
 
 def take_bad_images(loader: DataLoader) -> tuple[int, set[str]]:
@@ -438,12 +438,12 @@ def _cifar(name: str, root: Path, download: bool, transform, training: bool) -> 
 def _download(dataset, root: Path) -> None:
     """One process fetches, the others find the files. torchvision checks what it fetched."""
     problem = None
-    if distributed.is_main():
+    if processes.is_main():
         try:
             dataset(str(root), download=True)
         except (OSError, RuntimeError) as error:
             problem = f"--download could not fetch {dataset.__name__} to {root}: {error}; fetch it by hand"
-    problem = distributed.from_main(problem)
+    problem = processes.from_main(problem)
     if problem:
         raise UserError(problem)
 

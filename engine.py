@@ -16,15 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import distributed
-from cuda_graph import CudaGraph
 from datasets import LEFT_OUT
-from divergence import MOST_IN_A_ROW, Skips, Step, report, running_statistics
-from errors import NonFiniteSteps
-from losses import DistillationLoss
 from quantization import RampingAdamW, quant_linears, weights_quantized_once
 from quantization.shards import local
-from sharding import is_sharded_model
+from runtime import processes
+from runtime.cuda_graph import CudaGraph
+from runtime.errors import NonFiniteSteps
+from runtime.nonfinite import MOST_IN_A_ROW, Skips, Step, report, running_statistics
+from runtime.sharding import is_sharded_model
+from training.losses import DistillationLoss
 
 CHECK_EVERY = 10  # steps between two looks at the loss; on a GPU each look waits for the device
 Batch = tuple[Tensor, Tensor]
@@ -64,9 +64,9 @@ class TrainStep:
         self._statistics = running_statistics(self.model)
         self._sharded = is_sharded_model(self.model)
         parallel = self._sharded or isinstance(self.model, DistributedDataParallel)
-        self._averages = distributed.world_size() > 1 and not parallel
+        self._averages = processes.world_size() > 1 and not parallel
         if self._averages:  # as DDP does
-            distributed.check_same_parameters(self.model)
+            processes.check_same_parameters(self.model)
         self._passes = self._forward_and_backward
         if self.cuda_graph:
             tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -98,14 +98,14 @@ class TrainStep:
                 tensor.copy_(old)
             raise
         if self._averages:
-            distributed.average([p.grad for p in self.model.parameters() if p.grad is not None])
+            processes.average([p.grad for p in self.model.parameters() if p.grad is not None])
         if self.before_update is not None:
             self.before_update()
         gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
         # All on the device, and after the ranks have averaged their gradients.
         norms = torch.stack(torch._foreach_norm(gradients))
         if self._sharded:  # each process has some rows of each gradient
-            norms = distributed.all_reduce_sum(norms.double().square()).sqrt().float()
+            norms = processes.all_reduce_sum(norms.double().square()).sqrt().float()
         if self.clip_grad > 0:  # as torch.nn.utils.clip_grad_norm_ does
             share = self.clip_grad / (torch.linalg.vector_norm(norms) + 1e-6)
             torch._foreach_mul_(gradients, share.clamp(max=1.0))
@@ -230,13 +230,13 @@ def train_one_epoch(
             if (index + 1) % CHECK_EVERY == 0 or index + 1 == len(loader):
                 loss_mean, share = (sums.totals[1:] / sums.totals[0]).tolist()
                 seen = sums.images
-                speed = seen * distributed.world_size() / (time.perf_counter() - start)
+                speed = seen * processes.world_size() / (time.perf_counter() - start)
                 shown = f"loss {loss_mean:.4f}, acc {100 * share:.1f} %, {speed:.0f} img/s, lr {lr:.1e}"
                 bar.set_postfix_str(shown, refresh=False)
         step.settle()
     seconds = time.perf_counter() - start
-    seen = sums.images * distributed.world_size()  # samplers deal every process as many
-    counted, loss_sum, correct_sum = distributed.all_reduce_sum(sums.totals.clone())
+    seen = sums.images * processes.world_size()  # samplers deal every process as many
+    counted, loss_sum, correct_sum = processes.all_reduce_sum(sums.totals.clone())
     return {
         "train_loss": float(loss_sum / counted),
         "train_acc1": float(100 * correct_sum / counted),
@@ -255,7 +255,7 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # images, loss, top-1, top-5
     # Where all processes gather the weights together, those with fewer batches must go through the model as often.
-    missing = max(distributed.gather(len(loader))) - len(loader) if is_sharded_model(model) else 0
+    missing = max(processes.gather(len(loader))) - len(loader) if is_sharded_model(model) else 0
     with weights_quantized_once(model), progress(loader, "evaluate") as bar:
         for batch in bar:
             images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
@@ -268,7 +268,7 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
         for _ in range(missing):
             with autocast(device):
                 model(loader.dataset.dataset[0][0].unsqueeze(0).to(device))
-    seen, loss, top1, top5 = distributed.all_reduce_sum(totals).tolist()
+    seen, loss, top1, top5 = processes.all_reduce_sum(totals).tolist()
     return {"loss": loss / seen, "acc1": 100 * top1 / seen, "acc5": 100 * top5 / seen}
 
 
@@ -277,7 +277,7 @@ def progress(loader: DataLoader | None, description: str, done: int = 0, total: 
 
     Into a file it writes one line in ten seconds.
     """
-    options = {"leave": False, "dynamic_ncols": True, "disable": not distributed.is_main()}
+    options = {"leave": False, "dynamic_ncols": True, "disable": not processes.is_main()}
     bar = tqdm(loader, description, initial=done, total=total, **options)
     if not bar.disable and not bar.fp.isatty():
         bar.mininterval = 10

@@ -23,11 +23,8 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import checkpoint
-import distributed
-import oscillation_log
-import sharding
 import timm
+from data.fingerprint import fingerprint
 from datasets import (
     CALIBRATION_ORDER,
     BadImages,
@@ -36,16 +33,7 @@ from datasets import (
     build_loaders,
     set_epoch,
 )
-from determinism import deterministic
-from divergence import running_statistics
 from engine import TrainStep, autocast, evaluate
-from errors import NonFiniteSteps, RanksDiffer, Stopped, UserError
-from fingerprint import fingerprint
-from interrupts import Interrupts
-from laboratory import Laboratory
-from locking import exclusive
-from losses import DistillationLoss, base_criterion
-from options import SAME_ON_RESUME, build_recipe, parse_args
 from quantization import (
     RECIPES,
     Dampen,
@@ -61,9 +49,20 @@ from quantization import (
     quant_linears,
     set_matmul,
 )
-from rank_check import RankCheck
-from run_log import RunLog, say
-from training import QRamping, Training, count_bad_images
+from runtime import processes, sharding
+from runtime.determinism import deterministic
+from runtime.errors import NonFiniteSteps, RanksDiffer, Stopped, UserError
+from runtime.files import exclusive
+from runtime.interrupts import Interrupts
+from runtime.nonfinite import running_statistics
+from runtime.rank_check import RankCheck
+from tracking import oscillation_csv
+from tracking.laboratory import Laboratory
+from training import checkpoint
+from training.loop import QRamping, Training, count_bad_images
+from training.losses import DistillationLoss, base_criterion
+from training.options import SAME_ON_RESUME, build_recipe, parse_args
+from training.run_log import RunLog, say
 
 
 def build_answer(args: argparse.Namespace, model: nn.Module, total_steps: int) -> Dampen | Freeze | OsciReset | None:
@@ -136,7 +135,7 @@ def checkpoint_activations(model: nn.Module, name: str) -> None:
 def build_optimizer(args: argparse.Namespace, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     no_decay = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     groups = param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=no_decay)
-    options = {"lr": args.lr * args.batch_size * distributed.world_size() / 512, "betas": (0.9, 0.999), "eps": 1e-8}
+    options = {"lr": args.lr * args.batch_size * processes.world_size() / 512, "betas": (0.9, 0.999), "eps": 1e-8}
     if args.q_ramping:
         return RampingAdamW(groups, **options)
     return torch.optim.AdamW(groups, **options, fused=device.type == "cuda")
@@ -162,7 +161,7 @@ def output_directory(args: argparse.Namespace) -> Path:
     if args.output_dir is not None:
         return args.output_dir
     stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
-    return Path(distributed.from_main(f"runs/{stamp}-{args.model}-{args.quant}"))
+    return Path(processes.from_main(f"runs/{stamp}-{args.model}-{args.quant}"))
 
 
 def find_resume(args: argparse.Namespace) -> list[Path]:
@@ -180,7 +179,7 @@ def find_resume(args: argparse.Namespace) -> list[Path]:
 
 
 def run(args: argparse.Namespace) -> None:
-    device = distributed.start(args.device)
+    device = processes.start(args.device)
     try:
         with deterministic(device) if args.deterministic else nullcontext():
             run_on(args, device)
@@ -223,7 +222,7 @@ def run_on(args: argparse.Namespace, device: torch.device) -> None:
             f"--num-classes {args.num_classes} does not fit the data, which has {loaders.num_classes} classes"
         )
 
-    seed = args.seed * distributed.world_size() + distributed.rank()
+    seed = args.seed * processes.world_size() + processes.rank()
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -268,7 +267,7 @@ def evaluate_only(
 
 def share_weights(model: nn.Module, device: torch.device) -> None:
     """All processes start from the main one's weights and buffers."""
-    distributed.copy_from_main((*model.parameters(), *model.buffers()), device)
+    processes.copy_from_main((*model.parameters(), *model.buffers()), device)
 
 
 def train(
@@ -285,10 +284,10 @@ def train(
     resume = find_resume(args)
     identity["optimizer"] = "RampingAdamW" if args.q_ramping else "AdamW"
     identity |= {f"--{name.replace('_', '-')}": getattr(args, name) for name in SAME_ON_RESUME}
-    if distributed.is_main():  # both data sets are wrapped: by the order of their batches, by the processes' shares
+    if processes.is_main():  # both data sets are wrapped: by the order of their batches, by the processes' shares
         halves = (fingerprint(loader.dataset.dataset) for loader in (loaders.train, loaders.val))
         identity["data"] = " + ".join(halves)
-    identity = distributed.from_main(identity)
+    identity = processes.from_main(identity)
     resumed, state = checkpoint.load_newest(resume, identity) if resume else (None, None)
     criterion = build_criterion(args, model, loaders.num_classes, device)
     if args.quant == "int4" and state is None:
@@ -296,7 +295,7 @@ def train(
         with autocast(device):
             initialise_steps(model, next(iter(loaders.calibration))[0].to(device))
     num_parameters = sum(p.numel() for p in model.parameters())
-    if distributed.world_size() > 1 and running_statistics(model):
+    if processes.world_size() > 1 and running_statistics(model):
         raise UserError(
             f"--model {args.model} has batch norms, whose statistics would differ between processes; train it by one"
         )
@@ -307,8 +306,8 @@ def train(
     if args.fsdp:
         for whole in (model,) if model_ema is None else (model, model_ema.module):
             sharding.shard(whole, device)
-    elif distributed.world_size() > 1 and not args.cuda_graph:
-        parallel = distributed.data_parallel(model, device)
+    elif processes.world_size() > 1 and not args.cuda_graph:
+        parallel = processes.data_parallel(model, device)
     optimizer = build_optimizer(args, model, device)
     scheduler = CosineLRScheduler(
         optimizer, args.epochs, args.min_lr, warmup_t=args.warmup_epochs, warmup_lr_init=args.warmup_lr
@@ -335,7 +334,7 @@ def train(
         k1, k2, steps = args.q_ramping_k1, args.q_ramping_k2, args.q_ramping_steps
         ramping = QRamping(model, step, loaders, data, k1, k2, steps, interrupts)
     laboratory = Laboratory(model, loaders.val.dataset, device) if args.track_oscillation else None
-    if not distributed.is_main():
+    if not processes.is_main():
         laboratory = None  # the weights are the same everywhere
     more = {"skips": step.skips} | ({} if answer is None else {"oscillation": answer})
     within = {} if laboratory is None else {"laboratory": laboratory}
@@ -352,11 +351,11 @@ def train(
     if args.check_ranks is not None:
         done = progress.epoch * len(loaders.train) + progress.sums.steps
         check = RankCheck(model, optimizer, args.check_ranks, step=done)
-    with exclusive(directory, "--output-dir") if distributed.is_main() else nullcontext():
-        if distributed.is_main() and checkpoint.stamps(directory) != present:
+    with exclusive(directory, "--output-dir") if processes.is_main() else nullcontext():
+        if processes.is_main() and checkpoint.stamps(directory) != present:
             raise UserError(f"--output-dir {directory} must be free, another process was there until now; start again")
         if laboratory is not None:
-            oscillation_log.start(directory / oscillation_log.FILE_NAME, progress.epoch)
+            oscillation_csv.start(directory / oscillation_csv.FILE_NAME, progress.epoch)
         describe(args, model, identity["recipe"], loaders, device, directory, num_parameters)
         if state is not None:
             steps = progress.sums.steps
@@ -401,7 +400,7 @@ def describe(
     num_parameters: int,
 ) -> None:
     """What is about to run, in a few lines."""
-    held_out = sum(distributed.gather(len(loaders.val.dataset)))
+    held_out = sum(processes.gather(len(loaders.val.dataset)))
     num_linears = len(quant_linears(model)) + sum(isinstance(module, Int4Linear) for module in model.modules())
     say(f"model   {args.model}: {num_parameters:,} parameters, {num_linears} linears in {args.quant}")
     fp8 = device.type == "cuda" and args.quant != "int4" and args.matmul != "bf16" and has_fp8(device)
@@ -417,7 +416,7 @@ def describe(
         f"of {args.input_size} px, {loaders.num_classes} classes"
     )
     how = ", weights sharded" if args.fsdp else ""
-    say(f"run     {directory} on {distributed.world_size()} x {device.type}, batch {args.batch_size} each{how}")
+    say(f"run     {directory} on {processes.world_size()} x {device.type}, batch {args.batch_size} each{how}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -444,14 +443,14 @@ def main(argv: list[str] | None = None) -> int:
         message, code = "; ".join(filter(None, ("main.py: interrupted", str(error)))), 130
     except Exception as error:
         # A collective breaks off where another process has ended; that one says why.
-        broken_off = isinstance(error, RuntimeError) and distributed.another_has_failed()
-        if broken_off or not distributed.first_to_report(repr(error)):
+        broken_off = isinstance(error, RuntimeError) and processes.another_has_failed()
+        if broken_off or not processes.first_to_report(repr(error)):
             return 1
         raise
-    if code and distributed.first_to_report(message):
+    if code and processes.first_to_report(message):
         print(" ".join(message.split()), file=sys.stderr, flush=True)
     if code in (0, 1, os.EX_TEMPFAIL):  # where all processes end; after another failure it would wait for the rest
-        distributed.stop()
+        processes.stop()
     return code
 
 

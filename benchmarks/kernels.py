@@ -16,12 +16,12 @@ from itertools import count
 import torch
 from common import append_rows, csv_file, median_and_percentiles, positive, timed
 
-from provenance import environment
 from quantization import Quantizer, has_fp8
 from quantization.formats import Fp8
 from quantization.matmul import multiply
 from quantization.mx import backend_for
 from quantization.reference import Operand, Packed
+from runtime.environment import environment
 
 NEAREST, STOCHASTIC = Quantizer(), Quantizer(rounding="stochastic")
 

@@ -23,13 +23,12 @@ from common import append_rows, csv_file, median_and_percentiles, model_name, po
 from torch import multiprocessing
 from torch.distributed import TCPStore
 
-import distributed
-import sharding
 import timm
 from engine import TrainStep
-from provenance import environment
 from quantization import Recipe
-from rank_check import RankCheck
+from runtime import processes, sharding
+from runtime.environment import environment
+from runtime.rank_check import RankCheck
 
 RECIPES = {"bf16": None, "TetraJet": Recipe()}
 WARM_UP = 8  # steps
@@ -51,10 +50,10 @@ def measure(recipe: str, how: str, args: argparse.Namespace, device: torch.devic
         if args.compile:
             model.compile()
     if how == "DDP":
-        parallel = distributed.data_parallel(model, device)
+        parallel = processes.data_parallel(model, device)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=fused)
-    torch.manual_seed(1 + distributed.rank())
+    torch.manual_seed(1 + processes.rank())
     images = torch.randn(4, args.batch_size, 3, *size, device=device)
     labels = torch.randint(0, classes, (4, args.batch_size), device=device)
     batches = cycle(zip(images, labels))
@@ -65,38 +64,38 @@ def measure(recipe: str, how: str, args: argparse.Namespace, device: torch.devic
     step.settle()
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
     RankCheck(model, optimizer, every=1).after_step()
-    median, low, high = max(distributed.gather(median_and_percentiles(times)))
-    speed = 1000 * args.batch_size * distributed.world_size() / median
+    median, low, high = max(processes.gather(median_and_percentiles(times)))
+    speed = 1000 * args.batch_size * processes.world_size() / median
     return {
         **{"model": args.model, "batch": args.batch_size, "recipe": recipe, "how": how},
-        **{"compiled": args.compile, "graph": args.graph, "processes": distributed.world_size()},
+        **{"compiled": args.compile, "graph": args.graph, "processes": processes.world_size()},
         **{"ms": round(median, 2), "ms_20": round(low, 2), "ms_80": round(high, 2)},
         **{"img_per_s": round(speed), "peak_gib": round(peak, 2)},
     }
 
 
-def work(rank: int, processes: int, port: int, args: argparse.Namespace, results: multiprocessing.SimpleQueue) -> None:
+def work(rank: int, world_size: int, port: int, args: argparse.Namespace, results: multiprocessing.SimpleQueue) -> None:
     """What each process does; the first one puts a dict into `results` for every measurement."""
-    if processes > 1:
-        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes}
+    if world_size > 1:
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world_size}
         there |= {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": True}
         os.environ |= {name: str(value) for name, value in (there | {"TORCHELASTIC_RESTART_COUNT": 0}).items()}
-    device = distributed.start(args.device)
+    device = processes.start(args.device)
     together = ["graphs"] if args.graph else ["DDP"] if args.compile else ["DDP", "FSDP2"]
-    for how in ["alone"] if processes == 1 else together:
+    for how in ["alone"] if world_size == 1 else together:
         for recipe in args.recipes:
             row = measure(recipe, how, args, device)
-            if distributed.is_main():
+            if processes.is_main():
                 results.put(environment(device.type == "cuda") | row)
-    distributed.stop()
+    processes.stop()
 
 
-def rows(processes: int, args: argparse.Namespace) -> list[dict]:
+def rows(world_size: int, args: argparse.Namespace) -> list[dict]:
     """Raises an exception with the first failed process's traceback."""
     # As torchrun does: the store is here, so that no other program can take its port before the processes come.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     results = multiprocessing.get_context("spawn").SimpleQueue()
-    multiprocessing.spawn(work, (processes, store.port, args, results), nprocs=processes)
+    multiprocessing.spawn(work, (world_size, store.port, args, results), nprocs=world_size)
     found = []
     while not results.empty():
         found.append(results.get())
@@ -132,8 +131,8 @@ def main(argv: list[str] | None = None) -> int:
         print("scaling.py: error: --graph records what a GPU does; leave it out with --device cpu", file=sys.stderr)
         return 2
     alone: dict[str, float] = {}
-    for processes in (1, wanted):
-        for row in rows(processes, args):
+    for world_size in (1, wanted):
+        for row in rows(world_size, args):
             if not alone:
                 print(", ".join(f"{key} {row[key]}" for key in ("device", "torch", "triton", "timm", "commit")), end="")
                 more = ", compiled" * args.compile + ", CUDA graphs" * args.graph
@@ -142,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
                 print("| --- | --- | --- | --- | --- | --- |")
             ratio = row["img_per_s"] / alone.setdefault(row["recipe"], row["img_per_s"])
             print(
-                f"| {row['recipe']} | {processes}{'' if processes == 1 else ', ' + row['how']} "
+                f"| {row['recipe']} | {world_size}{'' if world_size == 1 else ', ' + row['how']} "
                 f"| {row['ms']:.1f} ({row['ms_20']:.1f}, {row['ms_80']:.1f}) | {row['img_per_s']:,} | {ratio:.2f} "
                 f"| {row['peak_gib']:.1f} |",
                 flush=True,

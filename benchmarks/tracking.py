@@ -18,9 +18,9 @@ from torch.utils.data import TensorDataset
 from train_step import MODELS, Variant, training_step
 
 import timm
-from laboratory import NUM_IMAGES, WINDOW, Laboratory
-from provenance import environment
 from quantization import Recipe
+from runtime.environment import environment
+from tracking.laboratory import NUM_IMAGES, WINDOW, Laboratory
 
 FAR = 10**9  # steps to the end of the epoch: no window opens
 WITHOUT, OUTSIDE, WITHIN = "without", "outside a window", "within a window"

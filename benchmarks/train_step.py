@@ -31,12 +31,12 @@ from torch import nn
 
 import timm
 from engine import TrainStep
-from provenance import environment
 from quantization import QEma, Quantizer, RampingAdamW, Recipe, has_fp8, linear, quant_linears, reference, set_matmul
 from quantization.formats import Fp8
 from quantization.matmul import multiply
 from quantization.mx import backend_for
 from quantization.reference import Operand
+from runtime.environment import environment
 
 MODELS = {
     "deit_tiny_patch16_224": 256,

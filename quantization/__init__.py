@@ -5,19 +5,19 @@ kernels -> operators -> mx, matmul, shards, step_count -> int4 -> linear, latent
 freeze, ramping, osci_reset.
 """
 
-from .dampen import Dampen, Reduction
+from .baselines.int4 import Int4Linear, initialise_steps
 from .formats import Element, Rounding, Scaling
-from .freeze import Freeze
-from .int4 import Int4Linear, initialise_steps
-from .latent import confidence, histogram, latent_weight
 from .linear import BLOCK_LINEARS, QuantLinear, quant_linears, set_matmul, swap_linears, weights_quantized_once
 from .matmul import Matmul, has_fp8, take_lost_groups
+from .measures.latent import confidence, histogram, latent_weight
+from .measures.oscillation import OSCILLATION_THRESHOLD, OscillationWindow, PathLengths, TensorPath, rate_of_change
 from .mx import MXTensor, quantize_mx
-from .osci_reset import OsciReset
-from .oscillation import OSCILLATION_THRESHOLD, OscillationWindow, PathLengths, TensorPath, rate_of_change
-from .q_ema import QEma, lerp_unless, plain_rounding
-from .ramping import RampingAdamW, detect_oscillation, update_periods
+from .optim.ramping import RampingAdamW, detect_oscillation, update_periods
 from .recipe import BACKWARD, FORWARD, QUANTIZERS, RECIPES, Int4Recipe, Quantizer, Recipe
+from .remedies.dampen import Dampen, Reduction
+from .remedies.freeze import Freeze
+from .remedies.osci_reset import OsciReset
+from .remedies.q_ema import QEma, lerp_unless, plain_rounding
 
 __all__ = [
     "BACKWARD",

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .baselines.int4 import Int4Linear
 from .formats import Fp8, Rounding
-from .int4 import Int4Linear
 from .matmul import Matmul, has_fp8, lost_counters, matmul_dtype, multiply, output_dtype
 from .mx import backend_for
 from .philox import fresh_keys

@@ -127,7 +127,7 @@ def backend(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
     The kernels write at most fp32 values; a result in float64 comes from the reference on every device.
     """
     if tensor.is_cuda and HAS_TRITON and dtype != torch.float64:
-        from . import kernels
+        from .triton import kernels
 
         return kernels
     return reference

@@ -9,10 +9,10 @@ import signal
 import sys
 from pathlib import Path
 
-from errors import UserError
-from locking import exclusive
 from reproduction.protocols import PROTOCOLS, Protocol
 from reproduction.targets import TARGETS
+from runtime.errors import UserError
+from runtime.files import exclusive
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from oscillation_log import ALL, Measure, Row
-from quantization.oscillation import OSCILLATION_THRESHOLD
+from quantization.measures.oscillation import OSCILLATION_THRESHOLD
 from reproduction.metrics import read_oscillation
+from tracking.oscillation_csv import ALL, Measure, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-import oscillation_log
-from errors import UserError
-from oscillation_log import ALL, Measure
 from reproduction.runs import oscillation_file, read_log
 from reproduction.targets import Metric
+from runtime.errors import UserError
+from tracking import oscillation_csv
+from tracking.oscillation_csv import ALL, Measure
 
 _ACCURACIES = {Metric.TOP1: "test_acc1", Metric.TOP5: "test_acc5"}
 _MEASURES = {
@@ -30,10 +30,10 @@ def read_metric(metric: Metric, directory: Path) -> float:
     return 100 * value if metric is Metric.OSCILLATING else value
 
 
-def read_oscillation(path: Path) -> list[oscillation_log.Row]:
+def read_oscillation(path: Path) -> list[oscillation_csv.Row]:
     """Raises UserError for a damaged file."""
     try:
-        return oscillation_log.read(path)
+        return oscillation_csv.read(path)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from options import parse_args
-from provenance import environment
 from reproduction.runs import Run, executable, read_log, shell, write_record
+from runtime.environment import environment
+from training.options import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = "output.txt"

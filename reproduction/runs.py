@@ -11,9 +11,9 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from errors import UserError
 from reproduction.protocols import Protocol, Setup
 from reproduction.targets import Row, Target
+from runtime.errors import UserError
 
 RECORD = "reproduction.json"
 LOG, OSCILLATION = "log.txt", "oscillation.csv"

@@ -91,8 +91,8 @@ def torchrun(environment):
 @pytest.fixture(scope="session")
 def busy(environment):
     """`with busy(directory):` another process works in that directory."""
-    script = "import locking, sys; from pathlib import Path\n"
-    script += "with locking.exclusive(Path(sys.argv[1]), ''): print('here', flush=True); sys.stdin.read()"
+    script = "import sys; from runtime import files; from pathlib import Path\n"
+    script += "with files.exclusive(Path(sys.argv[1]), ''): print('here', flush=True); sys.stdin.read()"
 
     @contextmanager
     def held(directory: Path) -> Iterator[None]:

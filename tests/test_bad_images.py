@@ -18,8 +18,8 @@ import engine
 import main as program
 from datasets import LEFT_OUT, BadImages, DataConfig, ImageFiles, build_loaders, set_epoch, take_bad_images
 from engine import evaluate
-from errors import UserError
 from main import main
+from runtime.errors import UserError
 
 CONFIG = DataConfig("FOLDER", None, False, 8, 3, 0, 1, 0, "none", 0.0, 0.0, BadImages.SKIP)
 

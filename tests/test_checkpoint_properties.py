@@ -13,10 +13,10 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import checkpoint
-from errors import UserError
 from quantization import Dampen, Freeze, Int4Recipe, OsciReset, QEma, RampingAdamW, Recipe, quant_linears, swap_linears
-from quantization.snapshot import rng_state, set_rng_state
+from quantization.optim.snapshot import rng_state, set_rng_state
+from runtime.errors import UserError
+from training import checkpoint
 
 IDENTITY = {"model": "tiny", "recipe": "any"}
 STEPS = 20

@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 import timm
 from engine import TrainStep
 from main import main
-from oscillation_log import read
 from quantization import (
     RECIPES,
     Int4Recipe,
@@ -32,6 +31,7 @@ from quantization import (
     quant_linears,
     quantize_mx,
 )
+from tracking.oscillation_csv import read
 
 METHODS = {
     "none": RECIPES["none"],

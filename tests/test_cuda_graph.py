@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import timm
-from cuda_graph import WARM_UP_CALLS, CudaGraph
 from engine import TrainStep
 from quantization import QEma, RampingAdamW, Recipe, detect_oscillation, quant_linears, take_lost_groups
+from runtime.cuda_graph import WARM_UP_CALLS, CudaGraph
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 BATCH, STEPS = 32, WARM_UP_CALLS + 5

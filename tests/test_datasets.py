@@ -15,9 +15,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment
 from torchvision import transforms as T
 
 import datasets
+from data.fractals import fractal_images
 from datasets import CALIBRATION_ORDER, RAND_AUGMENT, DataConfig, Light, build_loaders, read_idx, set_epoch
-from errors import UserError
-from fractals import fractal_images
+from runtime.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours
 

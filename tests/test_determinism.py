@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
-from determinism import WORKSPACE, deterministic
-from errors import UserError
 from main import main
+from runtime.determinism import WORKSPACE, deterministic
+from runtime.errors import UserError
 
 
 def switches() -> tuple:

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-import distributed
 import engine
-import oscillation_log
-from errors import UserError
 from main import build_model, main
-from options import build_recipe, parse_args
 from quantization import linear, quantize_mx
-from rank_check import checksum
+from runtime import processes
+from runtime.errors import UserError
+from runtime.rank_check import checksum
+from tracking import oscillation_csv
+from training.options import build_recipe, parse_args
 
 COMMON = ["--quant", "mxfp4", "--device", "cpu", "--num-workers", "0", "--warmup-epochs", "0"]
 # 224 images of 5 tokens fill groups of 32 tokens, so that a rank's groups are half of the groups of both.
@@ -41,16 +41,18 @@ import hashlib, json, os, random, signal, sys
 from pathlib import Path
 import numpy as np
 import torch
-import checkpoint, datasets, distributed, engine, main, rank_check, quantization.linear, timm, training
-from errors import UserError
+import datasets, engine, main, quantization.linear, timm
+from runtime import processes, rank_check
+from training import checkpoint, loop
+from runtime.errors import UserError
 from quantization.shards import is_sharded
 
 quantization.linear.Q_EMA_START = 1
 
-start, stop, device = distributed.start, distributed.stop, []
-distributed.start = lambda kind: device[0] if device else device.append(start(kind)) or device[0]
-distributed.stop = lambda: None
-after_step, call, train = rank_check.RankCheck.after_step, engine.TrainStep.__call__, training.train_one_epoch
+start, stop, device = processes.start, processes.stop, []
+processes.start = lambda kind: device[0] if device else device.append(start(kind)) or device[0]
+processes.stop = lambda: None
+after_step, call, train = rank_check.RankCheck.after_step, engine.TrainStep.__call__, loop.train_one_epoch
 parse, steps, digits, save = main.parse_args, 0, datasets._IN_MEMORY["DIGITS"], checkpoint.Run.save
 fresh_keys, drop, mix = quantization.linear.fresh_keys, timm.layers.DropPath.forward, timm.data.Mixup._params_per_batch
 swin, create_swin = timm.models.swin_transformer, timm.models.swin_transformer._create_swin_transformer
@@ -68,12 +70,12 @@ def hashed(self, directory, best=False):
     for state in (self.model.state_dict(), *self.optimizer.state.values()):
         for value in state.values():
             digest.update((value.full_tensor() if is_sharded(value) else value).detach().numpy().tobytes())
-    with open(directory / f"hashes-{distributed.rank()}", "a") as file:
+    with open(directory / f"hashes-{processes.rank()}", "a") as file:
         print(digest.hexdigest(), file=file)
     save(self, directory, best)
 
 def perturbed(self):
-    if distributed.rank() == more.get("rank", 1) and "perturb" in more and self.step == 2:
+    if processes.rank() == more.get("rank", 1) and "perturb" in more and self.step == 2:
         value = dict(self._tensors())[more["perturb"]].data.view(-1)[:1]
         value.copy_(value.nextafter(value + 1))
     after_step(self)
@@ -81,7 +83,7 @@ def perturbed(self):
 def stopped(self, batch):
     global steps
     steps += 1
-    if distributed.rank() == 1 and steps == 2:
+    if processes.rank() == 1 and steps == 2:
         if more.get("end") == "raise":
             raise UserError("image 7 is not readable")
         if more.get("end") == "kill":
@@ -128,13 +130,13 @@ datasets._IN_MEMORY["DIGITS"] = one_image_less  # so that rank 0 has 180 images 
 # Without a GPU nothing is recorded, but all else is as with --cuda-graph.
 main.parse_args, engine.CudaGraph = recorded, replayed
 swin._create_swin_transformer, checkpoint.Run.save = small_swin, hashed
-rank_check.RankCheck.after_step, engine.TrainStep.__call__, training.train_one_epoch = perturbed, stopped, interrupted
+rank_check.RankCheck.after_step, engine.TrainStep.__call__, loop.train_one_epoch = perturbed, stopped, interrupted
 quantization.linear.fresh_keys, timm.layers.DropPath.forward, timm.data.Mixup._params_per_batch = keys, dropped, mixed
 for arguments, more in json.loads(Path("runs.json").read_text()):
     draws = {}
     code = main.main(arguments)
     if draws:
-        Path(arguments[-1], f"draws-{distributed.rank()}.json").write_text(json.dumps(draws))
+        Path(arguments[-1], f"draws-{processes.rank()}.json").write_text(json.dumps(draws))
     with open(f"codes-{os.environ['RANK']}", "a") as file:
         print(code, file=file)
 stop()
@@ -343,7 +345,7 @@ def test_two_processes_train_alike(name, two):
 @pytest.mark.parametrize(("name", "recipe"), [("tracked", ["--q-ema"]), ("tracked-int4", ["--quant", "int4"])])
 def test_a_tracked_run_of_two_processes(name, recipe, two):
     directory, result = two
-    measured = oscillation_log.read(directory / name / "oscillation.csv")
+    measured = oscillation_csv.read(directory / name / "oscillation.csv")
     assert [r.epoch for r in measured if (r.measure.value, r.where) == ("rate_w", "all")] == [0, 1]
     assert len(log(directory / name)) == 2 and "359 held-out images" in result.stdout
     assert main([*COMMON, *recipe, "--eval", "--resume", str(directory / name / "checkpoint.pth")]) == 0
@@ -398,11 +400,11 @@ def test_a_rank_that_fails_ends_the_job(end, tmp_path, torchrun):
 AVERAGED = """
 import copy, sys
 import torch, torch.nn.functional as F
-import distributed, timm
+import timm; from runtime import processes
 from engine import EpochSums, TrainStep, train_one_epoch
 from quantization import Recipe
 
-device = distributed.start(sys.argv[1])
+device = processes.start(sys.argv[1])
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.manual_seed(0)
 plain = timm.create_model("deit_nano_patch4_32", num_classes=10, depth=2, quant=Recipe()).to(device)
@@ -412,32 +414,32 @@ def train(parallel, model, micro_batches, **options):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     options |= {"accumulate_steps": micro_batches, "clip_grad": 0.5}
     step = TrainStep(parallel, F.cross_entropy, optimizer, device, **options)
-    torch.manual_seed(1 + distributed.rank())
+    torch.manual_seed(1 + processes.rank())
     losses = [step((torch.randn(4, 3, 32, 32), torch.arange(4)))[0] for _ in range(6)]
     return torch.stack(losses)
 
 for micro_batches in (1, 2):
     ours = train(plain, plain, micro_batches, cuda_graph=device.type == "cuda")
-    theirs = train(distributed.data_parallel(model, device), model, micro_batches)
+    theirs = train(processes.data_parallel(model, device), model, micro_batches)
     assert torch.equal(ours, theirs), (ours, theirs)
     for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b), name
-    losses = distributed.all_gather(ours)
+    losses = processes.all_gather(ours)
     assert not torch.equal(losses[0], losses[1])
-    hashes = distributed.gather([p.double().sum().item() for p in plain.parameters()])
+    hashes = processes.gather([p.double().sum().item() for p in plain.parameters()])
     assert hashes[0] == hashes[1]
 # 3 steps of 4 images by 2 processes in 100 seconds, of which most were before the run went on.
 step = TrainStep(plain, F.cross_entropy, torch.optim.AdamW(plain.parameters()), device)
 batches = [(torch.randn(4, 3, 32, 32), torch.arange(4))] * 2
 numbers = train_one_epoch(step, batches, 0, 1, lambda: None, EpochSums(steps=1, images=4, seconds=100.0))
 assert 24 / 150 < numbers["img_per_s"] < 24 / 100, numbers
-if distributed.rank() == 1:
+if processes.rank() == 1:
     plain.norm.bias.requires_grad = False
 try:
     train(plain, plain, 1)
 except ValueError as error:
     print(error)
-distributed.stop()
+processes.stop()
 """
 
 
@@ -455,10 +457,10 @@ STOPS = """
 import os
 import torch, torch.distributed as dist
 from torch import nn
-import distributed
+from runtime import processes
 
 def train():
-    parallel = distributed.data_parallel(nn.Linear(3, 2), device)
+    parallel = processes.data_parallel(nn.Linear(3, 2), device)
     parallel(torch.ones(4, 3)).sum().backward()
     parallel.itself = parallel
     for _ in range(200):
@@ -467,10 +469,10 @@ def train():
 def threads():
     return [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
 
-device = distributed.start("cpu")
+device = processes.start("cpu")
 train()
 print(*threads())
-distributed.stop()
+processes.stop()
 print(*threads())
 """
 
@@ -480,7 +482,7 @@ def test_more_processes_than_gpus_is_a_mistake(monkeypatch):
     for name, value in there.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"--nproc-per-node must be at most the number of GPUs, \d, got 999"):
-        distributed.start("cuda")
+        processes.start("cuda")
 
 
 def test_no_thread_of_the_process_group_outlives_it(environment):

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 import datasets
 import main as program
-import oscillation_log
-from divergence import MOST_IN_A_ROW, Skips, Step, first_output_that_is_not_finite
 from engine import TrainStep, train_one_epoch
-from errors import NonFiniteSteps
 from main import main
 from quantization import QEma, QuantLinear, RampingAdamW, Recipe, detect_oscillation, take_lost_groups
 from quantization.matmul import lost_counters
-from training import update_average
+from runtime.errors import NonFiniteSteps
+from runtime.nonfinite import MOST_IN_A_ROW, Skips, Step, first_output_that_is_not_finite
+from tracking import oscillation_csv
+from training.loop import update_average
 
 NAN, INF = float("nan"), float("inf")
 Batch = tuple[Tensor, Tensor]
@@ -271,9 +271,9 @@ def test_the_innermost_module_is_named_and_running_statistics_stay(batches, devi
 TWO_PROCESSES = """
 import torch
 from torch import nn
-import distributed
+from runtime import processes
 from engine import TrainStep
-from errors import NonFiniteSteps
+from runtime.errors import NonFiniteSteps
 
 def train(device):
     torch.manual_seed(0)
@@ -282,11 +282,11 @@ def train(device):
 
     def criterion(outputs, targets):  # NaN with gradients of 0 in one process, a finite loss in the other
         loss = nn.functional.cross_entropy(outputs, targets)
-        return torch.where(torch.tensor(bad_now and distributed.rank() == 1), float("nan"), loss)
+        return torch.where(torch.tensor(bad_now and processes.rank() == 1), float("nan"), loss)
 
     parallel = nn.parallel.DistributedDataParallel(model)
     step = TrainStep(parallel, criterion, torch.optim.AdamW(model.parameters(), lr=0.1), device)
-    torch.manual_seed(distributed.rank())
+    torch.manual_seed(processes.rank())
     try:
         for i in range(4 + 11):
             bad_now = i == 2 or i >= 5
@@ -296,11 +296,11 @@ def train(device):
             assert same == bad_now == bool(step.skip), (i, same)
         step.settle()
     except NonFiniteSteps as error:
-        for told in distributed.gather((step.skips.count, i, str(error), [p.tolist() for p in model.parameters()])):
-            if distributed.is_main(): print(told)
+        for told in processes.gather((step.skips.count, i, str(error), [p.tolist() for p in model.parameters()])):
+            if processes.is_main(): print(told)
 
-train(distributed.start("cpu"))
-distributed.stop()
+train(processes.start("cpu"))
+processes.stop()
 """
 
 
@@ -391,7 +391,7 @@ def test_what_it_counts_and_measures_leaves_the_repeated_steps_out(poisoned, mon
     poisoned(range(0))
     assert main([*command, "--resume", "auto"]) == 0
     assert json.loads(Path("out/log.txt").read_text())["lost_groups"] == 44
-    assert {row.window for row in oscillation_log.read(Path("out/oscillation.csv"))} == {24}
+    assert {row.window for row in oscillation_csv.read(Path("out/oscillation.csv"))} == {24}
 
 
 def test_skipped_steps_are_counted_by_the_epoch(poisoned):

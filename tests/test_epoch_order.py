@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from epoch_order import EpochBatches, PlannedBatches, drawing_from
+from data.epoch_order import EpochBatches, PlannedBatches, drawing_from
 
 
 class Draws(Dataset):

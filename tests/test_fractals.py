@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-import fractals
-from fractals import CHANGE, LEAST_FILLED, fractal_images
+from data import fractals
+from data.fractals import CHANGE, LEAST_FILLED, fractal_images
 
 
 def test_images_follow_from_their_seed_and_classes_do_not():

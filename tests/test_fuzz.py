@@ -20,9 +20,9 @@ import torch
 
 import main as program
 from datasets import read_idx
-from errors import UserError
 from main import main
-from options import build_parser, parse_args
+from runtime.errors import UserError
+from training.options import build_parser, parse_args
 
 VALUES = ["", "-1", "0", "1", "2", "3", "7", "32", "0.5", "1e-3", "nan", "inf", "-inf", "1e400", "99999999999999999999"]
 VALUES += [

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-import laboratory
 import timm
-from errors import UserError
-from laboratory import Laboratory
-from oscillation_log import Measure
 from quantization import Recipe, quantize_mx
+from runtime.errors import UserError
+from tracking import laboratory
+from tracking.laboratory import Laboratory
+from tracking.oscillation_csv import Measure
 
 
 def make(device: torch.device, depth: int = 2, images: int = 100) -> tuple[torch.nn.Module, TensorDataset]:

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from errors import UserError
-from locking import _locked, exclusive
+from runtime.errors import UserError
+from runtime.files import _locked, exclusive
 
 
 def test_a_lock_on_a_file_that_another_process_has_replaced_is_none(tmp_path):
@@ -28,7 +28,7 @@ def test_a_lock_on_a_file_that_another_process_has_replaced_is_none(tmp_path):
 FORKS = """
 import os, sys, time
 from pathlib import Path
-from locking import exclusive
+from runtime.files import exclusive
 with exclusive(Path(sys.argv[1]), "--output-dir"):
     child = os.fork()
     if child == 0:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from losses import DistillationLoss, base_criterion
+from training.losses import DistillationLoss, base_criterion
 
 
 def test_base_criterion_by_target():

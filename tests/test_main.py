@@ -21,18 +21,16 @@ from PIL import Image
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-import checkpoint
 import datasets
-import laboratory
 import main as program
-import oscillation_log
 import timm
-import training
 from datasets import DataConfig, build_loaders
 from main import main
-from options import build_parser, build_recipe, parse_args
 from quantization import RECIPES, Quantizer, RampingAdamW, Recipe, quantize_mx
-from run_log import table_row
+from tracking import laboratory, oscillation_csv
+from training import checkpoint, loop
+from training.options import build_parser, build_recipe, parse_args
+from training.run_log import table_row
 
 TABLE_5 = list(product(("stochastic", "nearest"), ("double", "direct"), ("truncation_free", "floor")))
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -160,12 +158,12 @@ class TestTraining:
         assert main([*arguments, "--output-dir", "whole"]) == 0
         # The same run, stopped after its first epoch by an interrupt in the second.
         script = (
-            "import sys, main, training\n"
-            "train = training.train_one_epoch\n"
+            "import sys, main; from training import loop\n"
+            "train = loop.train_one_epoch\n"
             "def stop(step, loader, epoch, *rest):\n"
             "    if epoch == 1: raise KeyboardInterrupt\n"
             "    return train(step, loader, epoch, *rest)\n"
-            "training.train_one_epoch = stop\n"
+            "loop.train_one_epoch = stop\n"
             "sys.exit(main.main(sys.argv[1:]))\n"
         )
         command = [sys.executable, "-c", script, *arguments, "--output-dir", "parts"]
@@ -338,9 +336,9 @@ class TestTrackOscillation:
         assert hashes[0] == hashes[1] and logs[0] == logs[1]
 
     def test_every_measure_of_every_epoch_is_in_the_file(self, tracked):
-        rows = oscillation_log.read(tracked / "oscillation.csv")
+        rows = oscillation_csv.read(tracked / "oscillation.csv")
         assert {(r.epoch, r.step, r.window) for r in rows} == {(0, 2, 1), (1, 4, 1)}
-        assert {r.measure for r in rows} == set(oscillation_log.Measure)
+        assert {r.measure for r in rows} == set(oscillation_csv.Measure)
         assert {r.where for r in rows if r.measure.value == "rate_y"} == {"blocks.1"}
         for measure in ("rate_w", "rate_q2", "oscillating", "confidence"):
             of_last = {r.where: r.value for r in rows if r.measure.value == measure and r.epoch == 1}
@@ -354,16 +352,16 @@ class TestTrackOscillation:
 
     def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(self, tracked, monkeypatch, capsys):
         options = [*TRACKED, "--track-oscillation", "--output-dir", "parts"]
-        train = training.train_one_epoch
+        train = loop.train_one_epoch
 
         def killed_in_the_second(step, loader, epoch, *rest):
             if epoch == 1:
                 raise KeyboardInterrupt
             return train(step, loader, epoch, *rest)
 
-        monkeypatch.setattr(training, "train_one_epoch", killed_in_the_second)
+        monkeypatch.setattr(loop, "train_one_epoch", killed_in_the_second)
         assert main(options) == 130
-        monkeypatch.setattr(training, "train_one_epoch", train)
+        monkeypatch.setattr(loop, "train_one_epoch", train)
         whole, parts = (tracked / "oscillation.csv").read_text(), Path("parts/oscillation.csv")
         first = parts.read_text()
         assert whole.startswith(first) and first.count("\n") > 100
@@ -375,7 +373,7 @@ class TestTrackOscillation:
     def test_full_precision_has_weights_and_outputs_only(self):
         options = [*TINY, "--quant", "none", "--epochs", "1", "--track-oscillation", "--output-dir", "out"]
         assert main(options) == 0
-        rows = oscillation_log.read(Path("out/oscillation.csv"))
+        rows = oscillation_csv.read(Path("out/oscillation.csv"))
         assert {r.measure.value for r in rows} == {"rate_w", "rate_y"} and len(rows) == 10
 
     def test_a_run_that_goes_on_with_it_after_an_epochs_last_step(self, monkeypatch, capsys):
@@ -385,10 +383,10 @@ class TestTrackOscillation:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(training, "evaluate", interrupted)
+            patch.setattr(loop, "evaluate", interrupted)
             assert main(options) == 130
         assert main([*options, "--track-oscillation", "--resume", "auto"]) == 0
-        rows = oscillation_log.read(Path("out/oscillation.csv"))
+        rows = oscillation_csv.read(Path("out/oscillation.csv"))
         assert {(r.epoch, r.window) for r in rows} == {(1, 1)} and all(r.value == r.value for r in rows)
 
     def test_a_file_of_another_kind_is_left_alone(self, capsys):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from errors import UserError
 from main import main
-from options import build_parser, build_recipe, parse_args
+from runtime.errors import UserError
+from training.options import build_parser, build_recipe, parse_args
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OPTIONS = {action.dest: action.option_strings[-1] for action in build_parser()._actions if action.dest != "help"}

@@ -8,8 +8,8 @@ import math
 
 import pytest
 
-from errors import UserError
-from oscillation_log import Measure, Row, append, read, start
+from runtime.errors import UserError
+from tracking.oscillation_csv import Measure, Row, append, read, start
 
 ROWS = [
     Row(0, 44, 30, Measure.RATE_WEIGHT, "all", None, 0.0154417633),

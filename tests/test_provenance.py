@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import provenance
+from runtime import environment
 
 
 def git(directory: Path, *arguments: str) -> str:
@@ -15,8 +15,8 @@ def git(directory: Path, *arguments: str) -> str:
 
 def test_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
     """A file that git does not know is no change; a folder within a checkout of something else has no commit."""
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    assert provenance.environment(on_gpu=False)["commit"] == "unknown"
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    assert environment.environment(on_gpu=False)["commit"] == "unknown"
     git(tmp_path, "init", "-q")
     (tmp_path / "main.py").write_text("one")
     git(tmp_path, "add", "main.py")
@@ -24,8 +24,8 @@ def test_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
     short = git(tmp_path, "log", "-1", "--format=%h")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "log.txt").write_text("")
-    assert provenance.environment(on_gpu=False)["commit"] == short
+    assert environment.environment(on_gpu=False)["commit"] == short
     (tmp_path / "main.py").write_text("two")
-    assert provenance.environment(on_gpu=False)["commit"] == f"{short}, with changes"
-    monkeypatch.setattr(provenance, "ROOT", tmp_path / "runs")
-    assert provenance.environment(on_gpu=False)["commit"] == "unknown"
+    assert environment.environment(on_gpu=False)["commit"] == f"{short}, with changes"
+    monkeypatch.setattr(environment, "ROOT", tmp_path / "runs")
+    assert environment.environment(on_gpu=False)["commit"] == "unknown"

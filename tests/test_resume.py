@@ -21,11 +21,11 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-import checkpoint
 import engine
-import laboratory
-from fingerprint import fingerprint
+from data.fingerprint import fingerprint
 from main import main
+from tracking import laboratory
+from training import checkpoint
 
 EPOCHS, BATCH, IMAGES, DETECTION = 3, 10, 60, 2
 STEPS = IMAGES // BATCH  # of an epoch
@@ -250,11 +250,11 @@ def test_kill_9_of_deit_tiny_on_a_gpu(data, process):
 TWO_PROCESSES = """
 import os, shutil, signal, sys
 from pathlib import Path
-import distributed, engine, main
+import engine, main; from runtime import processes
 
-device = distributed.start("cpu")
-distributed.start, distributed.stop, stop = lambda kind: device, lambda: None, distributed.stop
-step, rank, codes = engine.TrainStep.__call__, distributed.rank(), []
+device = processes.start("cpu")
+processes.start, processes.stop, stop = lambda kind: device, lambda: None, processes.stop
+step, rank, codes = engine.TrainStep.__call__, processes.rank(), []
 for directory, at in (("whole", 0), ("parts", 3), ("parts", 0)):
     calls = iter(range(1, 10**6))
 
@@ -267,7 +267,7 @@ for directory, at in (("whole", 0), ("parts", 3), ("parts", 0)):
     codes.append(main.main([*sys.argv[1:], "--output-dir", directory]))
     if at and rank == 0:
         shutil.copytree("parts", "stopped")
-    distributed.wait_for_all()
+    processes.wait_for_all()
 Path(f"codes-{rank}").write_text(str(codes))
 stop()
 """
@@ -508,7 +508,7 @@ class TestFingerprint:
 
     def test_of_many_files_a_few_sizes_evenly_spaced(self, monkeypatch):
         """At most 4 of 10: the first, fourth, seventh and last."""
-        monkeypatch.setattr("fingerprint.MOST_SIZES", 4)
+        monkeypatch.setattr("data.fingerprint.MOST_SIZES", 4)
         content = {f"a/{i}.png": b"x" for i in range(10)}
         first = self.of_folder("all", content)
         other = [self.of_folder("all", content | {name: b"xx"}) != first for name in content]

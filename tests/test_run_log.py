@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from oscillation_log import Measure, Row
-from run_log import RunLog
+from tracking.oscillation_csv import Measure, Row
+from training.run_log import RunLog
 
 
 def events(directory: Path) -> list[Event]:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import timm
-import training
 from datasets import DataConfig, build_loaders
 from main import main
 from quantization import RECIPES, Quantizer, Recipe, quant_linears, quantize_mx
+from training import loop
 
 NAME = "swin_tiny_patch4_window7_224"
 SMALL = {"embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2)}
@@ -97,7 +97,7 @@ class TestRuns:
         arguments = [*self.ARGUMENTS, *self.ALL, "--model-ema-decay", "0.9"]
         assert main([*arguments, "--output-dir", "whole"]) == 0
         assert "17 linears in mxfp4" in capsys.readouterr().out
-        train = training.train_one_epoch
+        train = loop.train_one_epoch
 
         def interrupted(step, loader, epoch, *rest):
             if epoch == 1:
@@ -105,7 +105,7 @@ class TestRuns:
             return train(step, loader, epoch, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(training, "train_one_epoch", interrupted)
+            patch.setattr(loop, "train_one_epoch", interrupted)
             assert main([*arguments, "--output-dir", "parts"]) == 130
         assert main([*arguments, "--output-dir", "parts", "--resume", "auto"]) == 0
         whole, parts = (torch.load(f"{d}/checkpoint.pth", weights_only=True) for d in ("whole", "parts"))

@@ -14,10 +14,10 @@ from torch import nn
 import datasets
 import main as program
 import timm
-import training
 from datasets import DataConfig, build_loaders
 from main import main
 from quantization import Recipe
+from training import loop
 
 TRAINING = 12
 HELD_OUT = [0] + 3 * [1] + 2 * [2] + 4 * [3]
@@ -127,7 +127,7 @@ def decide(monkeypatch, tmp_path):
     """decide(accuracies): after epoch i of a run, the head predicts one class for every image, so that accuracies[i] %
     of the held-out images are right. The run is interrupted at the start of epoch `killed`."""
     monkeypatch.chdir(tmp_path)
-    train = training.train_one_epoch
+    train = loop.train_one_epoch
 
     def plan(accuracies: list[float], killed: int | None = None) -> None:
         def then_decide(step, loader, epoch, *rest):
@@ -139,7 +139,7 @@ def decide(monkeypatch, tmp_path):
             nn.init.ones_(head.bias[CLASS_OF[accuracies[epoch]]])
             return trained
 
-        monkeypatch.setattr(training, "train_one_epoch", then_decide)
+        monkeypatch.setattr(loop, "train_one_epoch", then_decide)
 
     return plan
 

@@ -18,10 +18,10 @@ import datasets
 from datasets import CALIBRATION_ORDER, set_epoch
 from engine import EpochSums, TrainStep, train_one_epoch
 from main import build_model, build_optimizer, main
-from options import parse_args
 from quantization import RECIPES, Dampen, Freeze, Int4Linear, OsciReset, quant_linears, quantize_mx
-from run_log import TABLE_HEAD, RunLog, table_row
-from training import Training
+from training.loop import Training
+from training.options import parse_args
+from training.run_log import TABLE_HEAD, RunLog, table_row
 
 CPU = torch.device("cpu")
 TINY = ["--model", "deit_micro_patch4_32", "--input-size", "8", "--num-workers", "0", "--device", "cpu"]

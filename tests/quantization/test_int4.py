@@ -10,7 +10,13 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from quantization import Int4Linear, Int4Recipe, initialise_steps, swap_linears
-from quantization.int4 import first_step_size, hadamard_transform, sample_rows, sampling_probabilities, split_bits
+from quantization.baselines.int4 import (
+    first_step_size,
+    hadamard_transform,
+    sample_rows,
+    sampling_probabilities,
+    split_bits,
+)
 
 
 def sylvester(size: int) -> torch.Tensor:

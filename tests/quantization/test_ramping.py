@@ -20,9 +20,9 @@ from quantization import (
     quantize_mx,
     update_periods,
 )
-from quantization.adamw import Scalars, Update
-from quantization.oscillation import PathLengths
-from quantization.ramping import step_parameter
+from quantization.measures.oscillation import PathLengths
+from quantization.optim.adamw import Scalars, Update
+from quantization.optim.ramping import step_parameter
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -381,7 +381,7 @@ def test_kernel_steps_like_pytorch_bit_for_bit(any_processor, randn, device, ass
 
     In the last two steps bias corrections come as tensors, and the very last one is skipped.
     """
-    adamw_kernel = pytest.importorskip("quantization.adamw_kernel", exc_type=ImportError)
+    adamw_kernel = pytest.importorskip("quantization.triton.adamw", exc_type=ImportError)
     shapes = (((70, 45), True), ((100,), False), ((5000,), True))
     updates = [random_update(randn, shape, ramped) for shape, ramped in shapes]
     expected = [Update(*(t.clone() if isinstance(t, torch.Tensor) else t for t in update)) for update in updates]

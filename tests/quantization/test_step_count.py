@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantization import Dampen, Freeze, OsciReset, QEma, RampingAdamW, Recipe, lerp_unless, swap_linears
-from quantization.step_count import count_steps
+from quantization.optim.step_count import count_steps
 
 STEPS = 24
 ANSWERS: dict[str, Callable] = {
@@ -138,7 +138,7 @@ def test_averages_have_the_bits_of_numpy(how, weight, randn, device, assert_same
     numpy rounds every operation by itself, as IEEE 754 has it; `torch.lerp` fuses two of them on some processors.
     """
     if how == "kernel":
-        step = pytest.importorskip("quantization.lerp_kernel", exc_type=ImportError).step
+        step = pytest.importorskip("quantization.triton.lerp", exc_type=ImportError).step
     else:
 
         def step(averages, targets, weight, skip):

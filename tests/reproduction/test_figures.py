@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from main import main
-from oscillation_log import Measure, Row, append, read, start
 from reproduction import figures
 from reproduction.figures import FIGURES, methods_figure
+from tracking.oscillation_csv import Measure, Row, append, read, start
 
 TRAJECTORY = (Measure.TRAJECTORY_LATENT, Measure.TRAJECTORY_QUANTIZED)
 TINY = ["--model", "deit_micro_patch4_32", "--input-size", "8", "--epochs", "2", "--batch-size", "718"]

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-import oscillation_log
-from errors import UserError
-from oscillation_log import Measure
 from reproduction.claims import CLAIMS
 from reproduction.protocols import PROTOCOLS
 from reproduction.report import claims, gaps, spread, write_reports
 from reproduction.runs import OSCILLATION, RECORD, Run, columns, existing, read_log, run_of, write_record
 from reproduction.targets import TARGETS
+from runtime.errors import UserError
+from tracking import oscillation_csv
+from tracking.oscillation_csv import Measure
 
 SMOKE = PROTOCOLS["smoke"]
 DAMPEN = "+ Dampen (Nagel et al. 2022)"
@@ -134,10 +134,10 @@ def test_claims_about_what_only_tracked_runs_have(tmp_path):
         for label, value in (("TetraJet", 0.04), ("TetraJet + Q-EMA", 0.01)):
             csv = finish(tmp_path, run_for("fig6", label, seed), 50.0) / OSCILLATION
             rows = [
-                oscillation_log.Row(1, 5, 5, m, "all", None, value + m.value.count("_") * seed / 1000) for m in measures
+                oscillation_csv.Row(1, 5, 5, m, "all", None, value + m.value.count("_") * seed / 1000) for m in measures
             ]
-            oscillation_log.start(csv, 0)
-            oscillation_log.append(csv, rows)
+            oscillation_csv.start(csv, 0)
+            oscillation_csv.append(csv, rows)
     found = existing(tmp_path)
     lines = claims(SMOKE, found).splitlines()
     start = "| Fewer weights oscillate with Q-EMA | Figure 6, DeiT-T | oscillating % | - | "
@@ -169,7 +169,7 @@ def test_rates_are_the_last_epochs_and_a_tracked_run_serves_accuracy_too(tmp_pat
     directory = finish(tmp_path, tracked, 60.0)
     assert tracked.name != plain.name and not tracked.finished(directory)  # its csv is missing
     csv = directory / OSCILLATION
-    oscillation_log.start(csv, 0)
+    oscillation_csv.start(csv, 0)
     for epoch, rate in ((0, 0.5), (1, 0.00321)):
         rows = [
             (Measure.RATE_QUANTIZED, "all", rate),
@@ -177,7 +177,7 @@ def test_rates_are_the_last_epochs_and_a_tracked_run_serves_accuracy_too(tmp_pat
             (Measure.RATE_OUTPUT, "blocks.1", 10 * rate),
             (Measure.RATE_WEIGHT, "all", 7.0),
         ]
-        oscillation_log.append(csv, [oscillation_log.Row(epoch, 5, 5, m, where, None, v) for m, where, v in rows])
+        oscillation_csv.append(csv, [oscillation_csv.Row(epoch, 5, 5, m, where, None, v) for m, where, v in rows])
     assert tracked.finished(directory)
     found = existing(tmp_path)
     assert found.directories(tracked) == found.directories(run_for("table4", DAMPEN)) == {0: directory}

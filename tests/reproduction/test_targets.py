@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from options import build_recipe, parse_args
 from quantization import QUANTIZERS
 from reproduction.figures import FIGURES
 from reproduction.protocols import PROTOCOLS
 from reproduction.runs import columns, plan, run_of
 from reproduction.targets import TARGETS
+from training.options import build_recipe, parse_args
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

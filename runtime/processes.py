@@ -1,0 +1,203 @@
+"""One process, or several under `torchrun`: the same calls work for both."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import os
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  DDP imports it, late: as default arguments it holds the group of that moment
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from runtime.errors import UserError
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits in a collective for one that neither comes nor dies, such as on a node that has gone; longer
+than what one rank does alone, writing a checkpoint for example. A rank that dies ends the job at once, by torchrun."""
+_STORE_TIMEOUT = timedelta(seconds=5)
+_FAILED = "a rank has failed"
+_LET_GO = 0.1
+"""Seconds for threads that are not joined, since DTensor's caches keep the device mesh of FSDP and so the group."""
+
+
+def start(device_type: str) -> torch.device:
+    """Join the process group that torchrun's environment describes, if any; returns this process's device.
+
+    Raises UserError if there are fewer GPUs than processes on this node.
+    """
+    if "RANK" not in os.environ:
+        return torch.device(device_type, 0) if device_type == "cuda" else torch.device(device_type)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        present, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", device.index + 1))
+        if needed > present:
+            raise UserError(
+                f"--nproc-per-node must be at most the number of GPUs, {present}, got {needed}; start fewer"
+            )
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    return device
+
+
+def stop() -> None:
+    """Leave the process group and wait for its threads; models that communicate by it should be gone.
+
+    A thread of gloo's lets go of a collective's tensors a moment after the collective has returned. Where that is while
+    Python shuts down, the process ends by SIGABRT instead of its exit code (pytorch/pytorch#190489).
+    """
+    if not dist.is_initialized():
+        return
+    group = dist.group.WORLD  # joins its threads when the last reference to it goes
+    dist.destroy_process_group()
+    gc.collect()  # DDP refers to it in cycles
+    del group
+    time.sleep(_LET_GO)
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """`model` on several processes; its buffers, averages and counters that advance alike, are not sent around."""
+    # The name of newer versions, which warn of the old one.
+    names = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, **{sync: False})
+
+
+def check_same_parameters(model: nn.Module) -> None:
+    """Raises ValueError unless `model` trains parameters of the same names and shapes in all processes; all call it."""
+    trained = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+    if any(theirs != trained for theirs in gather(trained)):
+        raise ValueError("all processes must train the same parameters, got other names or shapes in one of them")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Mean over several processes, in place, of tensors of one dtype on one device.
+
+    Of two processes it has the bits of DDP's; of more, DDP's buckets may be summed in another order.
+    """
+    together = torch.cat([tensor.flatten() for tensor in tensors]).mul_(1 / world_size())
+    dist.all_reduce(together)
+    parts = together.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
+
+
+def any_of(flag: Tensor) -> Tensor:
+    """The largest of all processes' flags, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag
+
+
+@torch.no_grad()
+def copy_from_main(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Overwrite `tensors` by the main process's, one after the other by way of `device`."""
+    if not dist.is_initialized():
+        return
+    for tensor in tensors:
+        there = tensor.detach().to(device)
+        dist.broadcast(there, src=0)
+        tensor.copy_(there)
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_main(value: T) -> T:
+    """The main process's `value`, in every process."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def gather(value: T) -> list[T]:
+    """Every process's `value`, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_gather(values: Tensor) -> Tensor:
+    """`values`, alike in shape everywhere, of every process, stacked by rank."""
+    if not dist.is_initialized():
+        return values.unsqueeze(0)
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values)
+    return torch.stack(parts)
+
+
+def first_to_report(failure: str) -> bool:
+    """Tell the other ranks that this one fails; False if another one has failed by the same message.
+
+    Works without a process group, and where the group is broken: torchrun's own store is asked. True without torchrun.
+    """
+    store = _store()
+    if store is None:
+        return True
+    try:
+        store.set(_key(_FAILED), "")
+        return store.add(_key(failure), 1) == 1
+    except RuntimeError:  # the store has gone with its node
+        return True
+
+
+def another_has_failed() -> bool:
+    """Whether a rank has called `first_to_report`."""
+    store = _store()
+    try:
+        return store is not None and store.check([_key(_FAILED)])
+    except RuntimeError:
+        return False
+
+
+def _key(text: str) -> str:
+    """A store outlives its processes where torchrun starts them again."""
+    return f"tetrajet/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{text}"
+
+
+@lru_cache(maxsize=1)
+def _store() -> dist.TCPStore | None:
+    if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return dist.TCPStore(host, port, is_master=False, timeout=_STORE_TIMEOUT, wait_for_workers=False)
+    except RuntimeError:
+        return None

@@ -1,0 +1,274 @@
+"""Checkpoints: one file with everything a run needs to go on, loaded without unpickling code."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine import EpochSums
+from quantization.optim.snapshot import rng_state, set_rng_state
+from runtime import processes, sharding
+from runtime.errors import UserError
+from training.run_log import LOG, say
+
+FORMAT = "tetrajet-checkpoint"
+VERSION = 2
+LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
+EARLIER = re.compile(r"earlier_checkpoint_([1-9]\d*)\.pth")  # 1 is the one before the last
+PARTS = ("identity", "model", "optimizer", "scheduler", "epoch", "best_acc1", "rng", "sums", "more", "within")
+
+
+class Damaged(UserError):
+    """The file is none of our checkpoints, or no longer one."""
+
+
+@dataclass
+class Run:
+    """What a checkpoint holds: objects with a `state_dict`, and the numbers of the epoch loop."""
+
+    identity: dict
+    """What must be the same for weights and optimizer state to mean the same: model, recipe, optimizer, ..."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: object
+    model_ema: nn.Module | None
+    epoch: int = 0
+    """Epochs done."""
+    best_acc1: float = 0.0
+    more: dict[str, object] = field(default_factory=dict)
+    """Further objects with a `state_dict`, by name."""
+    sums: EpochSums = field(default_factory=EpochSums)
+    """Of the epoch that has begun."""
+    within: dict[str, object] = field(default_factory=dict)
+    """Objects of the main process with a `state_dict` that matters within an epoch only."""
+    keep: int = 2
+    """How many of the last checkpoints stay, beside the best."""
+
+    def save(self, directory: Path, best: bool = False) -> None:
+        """Write the last checkpoint, and the best one too if asked; all processes must call it."""
+        state = self._state()
+        if processes.is_main():
+            if best:  # first: the last checkpoint says that the best one is there
+                write(state, directory / BEST)
+            write(state, directory / LAST, self.keep)
+        # A rank that ends before the file is written would make torchrun end the one that writes it.
+        processes.wait_for_all()
+
+    def save_best(self, directory: Path) -> None:
+        """Write the best checkpoint alone; all processes must call it."""
+        state = self._state()
+        if processes.is_main():
+            write(state, directory / BEST)
+        processes.wait_for_all()
+
+    def _state(self) -> dict:
+        """Whole on the main process; all must call it."""
+        generators, sums = zip(*processes.gather((rng_state(), self.sums.state_dict())))
+        model, optimizer = sharding.gathered(self.model.state_dict()), sharding.gathered(self.optimizer.state_dict())
+        model_ema = None if self.model_ema is None else sharding.gathered(self.model_ema.state_dict())
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "identity": self.identity,
+            "model": model,
+            "optimizer": optimizer,
+            "scheduler": self.scheduler.state_dict(),
+            "model_ema": model_ema,
+            "epoch": self.epoch,
+            "best_acc1": self.best_acc1,
+            "rng": list(generators),
+            "sums": list(sums),
+            "more": {name: part.state_dict() for name, part in self.more.items()},
+            "within": {name: part.state_dict() for name, part in self.within.items()} if self.sums.steps else {},
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on from `state`, which `load` returned. Raises UserError if this run has another number of processes."""
+        try:
+            self._restore(state)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError("--resume found a damaged checkpoint, of which parts are missing; give another") from error
+
+    def _restore(self, state: dict) -> None:
+        if len(state["rng"]) != processes.world_size():
+            raise UserError(
+                f"--resume needs the number of processes of the checkpoint, {len(state['rng'])}, "
+                f"got {processes.world_size()}; start as many, or start anew with --finetune"
+            )
+        sharding.load_model(self.model, state["model"])
+        sharding.load_optimizer(self.optimizer, state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.model_ema is not None:
+            sharding.load_model(self.model_ema, state["model_ema"])
+        for name, part in self.more.items():
+            part.load_state_dict(state["more"][name])
+        for name, part in self.within.items():
+            if name in state["within"]:
+                part.load_state_dict(state["within"][name])
+        self.epoch, self.best_acc1 = state["epoch"], state["best_acc1"]
+        self.sums = EpochSums(**state["sums"][processes.rank()])
+        set_rng_state(state["rng"][processes.rank()])
+
+
+def write(state: dict, path: Path, keep: int = 1) -> None:
+    """Put `state` into `path`, and the `keep` - 1 files that were there before into earlier_checkpoint_1.pth and so on.
+
+    A reader, and who comes after a crash of program or machine, finds the old files or the new ones, never half of
+    one; between two renames `path` may be missing, but not the one before it.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        torch.save(state, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # PyTorch's, where the disk is full
+            raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}; is the disk full?") from error
+        raise
+    if keep > 1 and zipfile.is_zipfile(path):  # what was cut short is not worth a place
+        for number, earlier in reversed(_all_earlier(path.parent)):
+            if number < keep - 1:
+                os.replace(earlier, _earlier(path, number + 1))
+        os.replace(path, _earlier(path, 1))
+    os.replace(temporary, path)
+    if path.name == LAST:
+        for _, extra in _all_earlier(path.parent)[keep - 1 :]:
+            extra.unlink()
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new names
+    finally:
+        os.close(directory)
+
+
+def find_all(directory: Path) -> list[Path]:
+    """The last checkpoint of a run and those before it, the newest first."""
+    earlier = (path for _, path in _all_earlier(directory))
+    return [path for path in (directory / LAST, *earlier) if path.is_file()]
+
+
+def stamps(directory: Path) -> dict[str, int]:
+    """When each checkpoint in `directory` was written, to tell whether another process has been there."""
+    return {path.name: path.stat().st_mtime_ns for path in directory.glob("*.pth")}
+
+
+def holds_a_run(directory: Path) -> bool:
+    """Whether a new run in `directory` would overwrite one, be it without a checkpoint to go on from."""
+    log = directory / LOG
+    return bool(find_all(directory)) or (directory / BEST).is_file() or log.is_file() and log.stat().st_size > 0
+
+
+def _earlier(path: Path, number: int) -> Path:
+    return path.with_name(f"earlier_{path.stem}_{number}{path.suffix}")
+
+
+def _all_earlier(directory: Path) -> list[tuple[int, Path]]:
+    """By number, the newest first."""
+    return sorted((int(match[1]), p) for p in directory.glob("*.pth") if (match := EARLIER.fullmatch(p.name)))
+
+
+def load_newest(paths: list[Path], identity: dict) -> tuple[Path, dict]:
+    """`load` of the first of `paths` that is an intact checkpoint; says so where that is not the first of all.
+
+    Raises UserError if none is, or if it is of a run whose `identity` differs.
+    """
+    for path, following in zip(paths, [*paths[1:], None]):
+        try:
+            return path, load(path, identity)
+        except Damaged:
+            if following is None:
+                raise
+            say(f"note    {path} is damaged or not ours; going on from the one before, {following}")
+    raise ValueError("need at least one path, got none")
+
+
+def load(path: Path, identity: dict) -> dict:
+    """The content of a checkpoint of ours, on the CPU.
+
+    Raises UserError for a file that is missing, unreadable, not ours, or of a run whose `identity` differs.
+    """
+    state = _read(path, whole=True)
+    if _differ(FORMAT, state.get("format")) or _differ(VERSION, state.get("version")):
+        raise Damaged(
+            f"--resume needs a checkpoint of this program, version {VERSION}; {path} is none. "
+            "Weights of a stock model go to --finetune"
+        )
+    theirs = state.get("identity")
+    if not isinstance(theirs, dict) or not isinstance(state.get("model"), dict) or not all(p in state for p in PARTS):
+        raise Damaged(f"--resume found {path} damaged, parts of it are missing; give another file")
+    different = [name for name in identity if _differ(identity[name], theirs.get(name))]
+    if different:
+        name = different[0]
+        raise UserError(
+            f"--resume needs a checkpoint of the same {name}: this run has {_short(identity[name])}, "
+            f"{path} has {_short(theirs.get(name))}; change the options or start anew with --finetune"
+        )
+    return state
+
+
+def load_weights(model: nn.Module, path: Path, option: str = "--finetune", new_head: bool = True) -> None:
+    """Start from the weights in `path`: ours, Facebook's DeiT checkpoints, or a bare state_dict.
+
+    With `new_head`, a head for another number of classes keeps its random values, with a note. Raises UserError, which
+    names `option`, if anything else does not fit.
+    """
+    state = _read(path)
+    weights = state.get("model", state)
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
+    ):
+        raise UserError(f"{option} needs a file of weights, or one with them under 'model'; {path} is neither")
+    own = model.state_dict()
+    weights = {
+        name: value
+        for name, value in weights.items()
+        if not (new_head and name.startswith("head") and name in own and own[name].shape != value.shape)
+        and not (name.endswith((".weight_ema", ".ema_updates", ".input_step", ".weight_step")) and name not in own)
+    }
+    kept = {name for name in own if new_head and name.startswith("head") and name not in weights}
+    try:
+        missing = set(model.load_state_dict(weights, strict=False).missing_keys) - kept
+        unexpected = sorted(weights.keys() - own.keys())
+    except RuntimeError as error:  # a shape that differs
+        raise UserError(f"{option} {path} does not fit the model: {str(error).splitlines()[1].strip()}") from error
+    if missing or unexpected:
+        what = f"it lacks {sorted(missing)[0]}" if missing else f"it has {unexpected[0]}, which the model lacks"
+        raise UserError(f"{option} {path} does not fit the model: {what}; choose the model that it was made for")
+    if kept:
+        say(f"note    {path} has no head for these classes; the model's begins at random")
+
+
+def _read(path: Path, whole: bool = False) -> dict:
+    """`whole`: every byte is compared with the file's checksums, which PyTorch writes but does not read."""
+    if not path.is_file():
+        raise UserError(f"a checkpoint must be a file, got {path}, which is none")
+    try:
+        if whole:
+            with zipfile.ZipFile(path) as archive:
+                if (name := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign pickle protocols
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling foreign bytes may raise
+        raise Damaged(f"{path} is not a readable checkpoint: damaged, or of another program; give another") from error
+    if not isinstance(state, dict):
+        raise Damaged(f"{path} is not a checkpoint: it holds a {type(state).__name__}; give another file")
+    return state
+
+
+def _differ(ours: object, theirs: object) -> bool:
+    return isinstance(theirs, torch.Tensor) or ours != theirs  # a tensor compares element by element
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 240 else text[:237] + "..."  # a recipe without a name takes 120 to 230

@@ -1,0 +1,253 @@
+"""The epochs of a training run: what follows each step and each epoch, and how a run ends before its last one."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from datasets import CALIBRATION_ORDER, DataConfig, Loaders, set_epoch, take_bad_images
+from engine import EpochSums, TrainStep, evaluate, progress, train_one_epoch
+from quantization import (
+    OSCILLATION_THRESHOLD,
+    Dampen,
+    Freeze,
+    OsciReset,
+    QEma,
+    detect_oscillation,
+    lerp_unless,
+    take_lost_groups,
+    update_periods,
+)
+from quantization.shards import local
+from runtime import processes, sharding
+from runtime.errors import NonFiniteSteps, Stopped
+from runtime.interrupts import Interrupts
+from runtime.nonfinite import MOST_IN_A_ROW
+from runtime.rank_check import RankCheck
+from tracking.laboratory import Laboratory
+from training import checkpoint
+from training.run_log import TABLE_HEAD, RunLog, say, table_row
+
+
+@dataclass
+class QRamping:
+    """Detects oscillation before an epoch and sets the optimizer's periods (paper Algorithm 2)."""
+
+    model: nn.Module
+    step: TrainStep
+    loaders: Loaders
+    data: DataConfig
+    k1: float
+    k2: int
+    steps: int
+    interrupts: Interrupts
+
+    def before_epoch(self, epoch: int) -> dict[str, float]:
+        """Raises Stopped, with everything as before, if a signal asks the run to end."""
+        loader = self.loaders.calibration
+        set_epoch(loader, self.data, CALIBRATION_ORDER + epoch)
+        with progress(None, "detect oscillation", total=self.steps) as bar:
+
+            def train_step(batch) -> None:
+                nonlocal done
+                self.step(batch)
+                bar.update()
+                done += 1
+                if self.interrupts.agreed(done):
+                    raise Stopped
+
+            done = 0
+
+            self.step.place = f"the detection before epoch {epoch + 1}"
+            self.model.train()
+            ratios = detect_oscillation(self.model, self.step.optimizer, train_step, loader, self.steps)
+            self.step.settle()
+        periods = update_periods(ratios, self.k1, self.k2, max_period=len(self.loaders.train))
+        self.step.optimizer.set_periods(periods)
+        oscillating = sum((ratio > OSCILLATION_THRESHOLD).sum() for ratio in ratios.values())
+        sums = torch.stack((oscillating.double(), sum(period.double().sum() for period in periods.values())))
+        if sharding.is_sharded_model(self.model):
+            processes.all_reduce_sum(sums)
+        total = sum(p.numel() for p in ratios)  # of all processes, also where each has a part
+        oscillating, mean_period = (sums / total).tolist()
+        return {"oscillating": 100 * oscillating, "mean_period": mean_period}
+
+
+@dataclass
+class Training:
+    """A run of `epochs` epochs, on from where `progress` is."""
+
+    progress: checkpoint.Run
+    step: TrainStep
+    loaders: Loaders
+    data: DataConfig
+    interrupts: Interrupts
+    directory: Path
+    """Where checkpoints go."""
+    epochs: int
+    save_epochs: int
+    """Epochs between two checkpoints."""
+    save_steps: int | None
+    """Steps between two more checkpoints."""
+    num_parameters: int
+    """Of the whole model, for the log."""
+    q_ema: QEma | None = None
+    answer: Dampen | Freeze | OsciReset | None = None
+    """What else follows the weights after each step."""
+    ramping: QRamping | None = None
+    laboratory: Laboratory | None = None
+    check: RankCheck | None = None
+    _tallies: deque[tuple[int, int | Tensor]] = field(default_factory=lambda: deque(maxlen=MOST_IN_A_ROW + 1))
+    """Bad images and lost groups of the epoch so far, after each of the last steps."""
+    _named: set[str] = field(default_factory=set)
+    """Paths of the bad images that the user has been told."""
+    _saved: tuple[int, int] | None = None
+    """Epoch and step of the last checkpoint."""
+
+    def run(self, log: RunLog) -> None:
+        """Raises Stopped after a signal, with a checkpoint written, and NonFiniteSteps where training diverges.
+
+        Where steps were skipped that has one of before them; where the held-out loss ends as NaN the older ones stay.
+        """
+        say(TABLE_HEAD)
+        for epoch in range(self.progress.epoch, self.epochs):
+            numbers = self._train(epoch)
+            self.progress.scheduler.step(epoch + 1)
+            if self.laboratory is not None:
+                log.oscillation(self.laboratory.after_epoch(epoch, (epoch + 1) * len(self.loaders.train)))
+            numbers |= self._evaluate()
+            finite = math.isfinite(numbers["test_loss"])
+            if epoch + 1 == self.epochs and not finite:  # such an end is not saved as one
+                say(table_row(numbers, self.epochs))
+                raise NonFiniteSteps(
+                    f"the held-out loss after the last epoch is {numbers['test_loss']}; lower --lr or warm up longer"
+                )
+            is_best = numbers["test_acc1"] > self.progress.best_acc1 and finite
+            self.progress.epoch += 1
+            if is_best:
+                self.progress.best_acc1 = numbers["test_acc1"]
+            self.progress.sums = EpochSums()
+            log.epoch(numbers)  # before the checkpoint: what is logged and not saved is dropped and logged again
+            if self._saves_epoch(epoch):
+                self._save(is_best)
+            elif is_best:
+                self.progress.save_best(self.directory)
+            say(table_row(numbers, self.epochs))
+            if epoch + 1 < self.epochs and self.interrupts.agreed():
+                self._stop()
+
+    def _train(self, epoch: int) -> dict[str, float]:
+        """The epoch's steps that are left, with the detection that precedes the first."""
+        sums = self.progress.sums
+        self._tallies.clear()
+        self._tallies.append((sums.bad_images, sums.lost_groups))
+        try:
+            # The first detection comes after T_update = one epoch of steps.
+            if self.ramping is not None and epoch > 0 and sums.steps == 0:
+                try:
+                    sums.extra = self.ramping.before_epoch(epoch)
+                except Stopped:
+                    self._stop()
+            set_epoch(self.loaders.train, self.data, epoch, sums.steps)
+            if self.laboratory is not None:
+                self.laboratory.before_epoch(len(self.loaders.train) - sums.steps)
+            numbers = train_one_epoch(self.step, self.loaders.train, epoch, self.epochs, self._after_step, sums)
+            return {"epoch": epoch} | numbers
+        except NonFiniteSteps:
+            # Nothing has changed since the last good step, so the run goes on, or fails again, from there.
+            sums.steps = max(0, sums.steps - MOST_IN_A_ROW)
+            sums.images = sums.steps * self.data.batch_size
+            self.step.skips.count = max(0, self.step.skips.count - MOST_IN_A_ROW)
+            sums.bad_images, sums.lost_groups = self._tallies[0]
+            self.progress.within = {}  # which saw the bad steps as steps
+            self._save()
+            raise
+
+    def _after_step(self) -> None:
+        """Only the laboratory takes part in a skipped step, in which nothing moves."""
+        sums, skip = self.progress.sums, self.step.skip
+        sums.bad_images += take_bad_images(self.loaders.train)[0]
+        sums.lost_groups = sums.lost_groups + take_lost_groups(self.step.device)
+        self._tallies.append((sums.bad_images, sums.lost_groups))
+        if self.q_ema is not None:
+            self.q_ema.update(skip)
+        if self.answer is not None:
+            self.answer.update(skip)
+        if self.progress.model_ema is not None:
+            update_average(self.progress.model_ema, self.progress.model, skip)
+        if self.laboratory is not None:
+            self.laboratory.after_step()
+        if self.check is not None:
+            self.check.after_step()
+        epoch, done, num_steps = self.progress.epoch, sums.steps, len(self.loaders.train)
+        if done == num_steps and epoch + 1 == self.epochs:  # too few may be left for ten in a row
+            self.step.settle(min(num_steps, MOST_IN_A_ROW))
+        if self.interrupts.agreed(None if done == num_steps else done):
+            self._stop()
+        due = self.save_steps and (epoch * num_steps + done) % self.save_steps == 0
+        if due and not (done == num_steps and self._saves_epoch(epoch)):
+            self._save()
+
+    def _evaluate(self) -> dict[str, float]:
+        """What an epoch's line in the log has beside the numbers of its training."""
+        sums, device = self.progress.sums, self.step.device
+        tested = evaluate(self.progress.model, self.loaders.val, device)
+        numbers = {"bad_images": count_bad_images(self.loaders, self._named, sums.bad_images)}
+        numbers |= {f"test_{name}": value for name, value in tested.items()}
+        if self.progress.model_ema is not None:
+            averaged = evaluate(self.progress.model_ema.module, self.loaders.val, device)
+            take_bad_images(self.loaders.val)  # counted above
+            numbers |= {f"ema_{name}": value for name, value in averaged.items()}
+        lost_groups = int(processes.all_reduce_sum(take_lost_groups(device) + sums.lost_groups).item())
+        numbers |= {"n_parameters": self.num_parameters, "lost_groups": lost_groups, **sums.extra}
+        return numbers if self.answer is None else numbers | self.answer.numbers()
+
+    def _saves_epoch(self, epoch: int) -> bool:
+        return (epoch + 1) % self.save_epochs == 0 or epoch + 1 == self.epochs
+
+    def _save(self, best: bool = False) -> None:
+        sums = self.progress.sums
+        self.step.settle()
+        sums.skipped_steps = self.step.skips.count if sums.steps else 0  # they are an epoch's
+        self.progress.save(self.directory, best)
+        self._saved = self.progress.epoch, sums.steps
+
+    def _stop(self) -> None:
+        epoch, steps = self.progress.epoch, self.progress.sums.steps
+        if self._saved != (epoch, steps):
+            self._save()
+        processes.gather(None)  # torchrun ends all processes when the first one has ended
+        received = self.interrupts.received
+        name = "a signal to another process" if received is None else received.name
+        done = f"{epoch} epochs and {steps} steps"
+        raise Stopped(f"{name} after {done}; --resume auto --output-dir {self.directory} goes on from there")
+
+
+def count_bad_images(loaders: Loaders, named: set[str], before: int = 0) -> int:
+    """Images of all processes that could not be read since the last call; says which, but for those in `named`.
+
+    `before` is how many more this process has counted.
+    """
+    counted = [take_bad_images(loader) for loader in (loaders.train, loaders.val)]
+    total = before + sum(count for count, _ in counted)
+    gathered = processes.gather((total, set().union(*(paths for _, paths in counted))))
+    for path in sorted(set().union(*(paths for _, paths in gathered)) - named):
+        say(f"note    {path} is not a readable image and was left out")
+        named.add(path)
+    return sum(count for count, _ in gathered)
+
+
+def update_average(model_ema: ModelEmaV3, model: nn.Module, skip: Tensor) -> None:
+    """`model_ema.update(model)` by the formula of `lerp_unless`, except that nothing changes where `skip` is 1."""
+    averages, values = model_ema.module.state_dict(), model.state_dict()
+    floats = [name for name, average in averages.items() if average.is_floating_point()]
+    means, targets = ([local(state[name]) for name in floats] for state in (averages, values))
+    lerp_unless(skip, means, targets, 1 - model_ema.decay)
+    for name in averages.keys() - floats:
+        averages[name].copy_(torch.where(skip > 0, averages[name], values[name]))
