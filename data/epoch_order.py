@@ -1,7 +1,7 @@
-"""Which images make which batch of an epoch, and where the random numbers of a batch's augmentation come from.
+"""The batches of an epoch: which images each one has, and where its augmentation's random numbers come from.
 
-Both are functions of seed, epoch, rank and the batch's position in the epoch, and of nothing that happened before: not
-of the worker that serves the batch, nor of how many there are. So an epoch can be entered at any batch.
+Both follow from the seed, the epoch, the rank and the batch's position in the epoch alone. They depend neither on what
+happened before nor on which worker serves the batch or how many workers there are, so a run can resume at any batch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class BatchPlan(NamedTuple):
     """A batch before it is loaded."""
 
     key: tuple[int, ...]
-    """What its augmentation's random numbers follow from."""
+    """The random numbers of the batch's augmentation follow from it."""
     indices: list[int]
 
 
 class EpochBatches(BatchSampler):
-    """The batches of `sampler`'s order from `first` on; the length is that of the whole epoch."""
+    """Batches in the order of `sampler`, from batch `first` on. The length is that of the whole epoch."""
 
     first, key = 0, (0,)
 
@@ -40,7 +40,7 @@ class EpochBatches(BatchSampler):
 
 
 class PlannedBatches(Dataset):
-    """`dataset` by `BatchPlan`: whole batches, whose augmentation draws from the plan's key."""
+    """Serves a whole batch of `dataset` for a `BatchPlan`. Its augmentation draws from the plan's key."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -57,9 +57,10 @@ class PlannedBatches(Dataset):
 
 @contextmanager
 def drawing_from(key: tuple[int, ...]) -> Iterator[None]:
-    """Within, the CPU's global generators of torch, numpy and Python start from `key`; on leaving they are as before.
+    """Within the context, the CPU's global generators of torch, numpy and Python start from `key`.
 
-    Takes a tenth of a millisecond. Generators of GPUs, which a loader's process must not touch, are left alone.
+    On leaving, they are as before. Both together take a tenth of a millisecond. Generators of GPUs stay untouched,
+    because a loader's worker process must not use a GPU.
     """
     saved = torch.get_rng_state(), np.random.get_state(), random.getstate()
     words = np.random.SeedSequence(key).generate_state(4)

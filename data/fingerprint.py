@@ -1,4 +1,8 @@
-"""Tells whether a data set is still the one that a run began with."""
+"""A data set's fingerprint tells whether it is still the one that a run began with.
+
+A fingerprint is the number of images and a hash of the content; it does not depend on where the data set is stored.
+Checkpoints hold it, so its text must stay as it is.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +10,34 @@ import hashlib
 import os
 
 import numpy as np
-from torch.utils.data import Dataset
 
-MOST_SIZES = 20_000  # files whose size is looked up: ImageNet's 1.3 million would take minutes on a network's disk
+MOST_SIZES = 20_000  # looking up the sizes of ImageNet's 1.3 million files would take minutes on a network file system
 
 
-def fingerprint(dataset: Dataset) -> str:
-    """Number of samples and a hash of the content, the same wherever the data lie.
+def fingerprint_arrays(*arrays: np.ndarray | list) -> str:
+    """For images in memory: covers type, shape and every byte of each array. The first axis counts the images."""
+    digest = hashlib.sha256()
+    for array in map(np.ascontiguousarray, arrays):
+        digest.update(f"{array.dtype} {array.shape}\0".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+    return _text(len(arrays[0]), digest.hexdigest())
 
-    Of images in memory (`images` and `labels`, or torchvision's `data` and `targets`) it covers every byte; of folders
-    (`samples` under `root`) the name and class of every file and the sizes of at most `MOST_SIZES`, evenly spaced.
+
+def fingerprint_files(root: str, samples: list[tuple[str, int]]) -> str:
+    """For image files, given as (path below `root`, label).
+
+    Covers the name and label of every file, and the sizes of at most `MOST_SIZES` evenly spaced ones.
     """
-    found = hashlib.sha256()
-    if hasattr(dataset, "samples"):
-        start = len(os.path.join(dataset.root, ""))
-        for path, label in dataset.samples:
-            found.update(f"{path[start:]}\0{label}\0".encode(errors="surrogateescape"))
-        every = -(-len(dataset) // MOST_SIZES)
-        for path, _ in dataset.samples[::every]:
-            size = os.path.getsize(path) if os.path.exists(path) else None  # a link to nothing: no readable image
-            found.update(f"{size}\0".encode())
-    else:
-        names = ("images", "labels") if hasattr(dataset, "images") else ("data", "targets")
-        for name in names:
-            array = np.ascontiguousarray(getattr(dataset, name))
-            found.update(f"{array.dtype} {array.shape}\0".encode())
-            found.update(array.reshape(-1).view(np.uint8))
-    return f"{len(dataset)} images, sha256 {found.hexdigest()[:16]}"
+    digest = hashlib.sha256()
+    start = len(os.path.join(root, ""))
+    for path, label in samples:
+        digest.update(f"{path[start:]}\0{label}\0".encode(errors="surrogateescape"))
+    every = -(-len(samples) // MOST_SIZES)
+    for path, _ in samples[::every]:
+        size = os.path.getsize(path) if os.path.exists(path) else None  # None: the file is a broken symbolic link
+        digest.update(f"{size}\0".encode())
+    return _text(len(samples), digest.hexdigest())
+
+
+def _text(count: int, digest: str) -> str:
+    return f"{count} images, sha256 {digest[:16]}"

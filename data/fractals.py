@@ -1,29 +1,29 @@
-"""Images that need no download: fractals drawn by iterated function systems, one system a class.
+"""Images that need no download: fractals drawn by iterated function systems, one system per class.
 
-After Kataoka et al., "Pre-training without Natural Images" (ACCV 2020): a class is a set of affine maps, each taken at
-random with a probability proportional to its determinant; an image is the orbit of a point under them; images of a
-class differ by small changes of the maps. Maps are drawn by singular values below one, as in Anderson and Farrell,
-"Improving Fractal Pre-training" (WACV 2022), so that every orbit stays within bounds.
+The method is that of Kataoka et al., "Pre-training without Natural Images" (ACCV 2020). A class is a set of affine
+maps, each of which is chosen with a probability proportional to its determinant. An image is the orbit of a point under
+the chosen maps. Images of one class differ by small changes of the maps. The singular values of the maps are below one,
+as in Anderson and Farrell, "Improving Fractal Pre-training" (WACV 2022), so that every orbit is bounded.
 
-Shapes: K classes, I images, M maps of a class, T points of an orbit.
+Shapes: K classes, I images, M maps per class.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-MAPS = 4  # of a class
-POINTS = 500  # of an orbit, of 32 x 32 pixels
-BURN_IN = 20  # first points, which may lie off the attractor
-CHANGE = 0.15  # relative change of every entry of a map from image to image, at most
-LEAST_FILLED = 0.12  # share of pixels that a class's own picture must touch
-_CHUNK = 10_000  # images drawn at a time
+MAPS = 4  # per class
+POINTS = 500  # per image, which has 32 x 32 pixels
+BURN_IN = 20  # first points of an orbit, which are not drawn because they may lie off the attractor
+CHANGE = 0.15  # largest relative change of a map's entry from image to image
+LEAST_FILLED = 0.12  # smallest share of pixels that the fractal of a class, with its maps unchanged, must touch
+_CHUNK = 10_000  # images that are drawn at once
 
 
 def fractal_images(num_classes: int, per_class: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """`per_class` grey images of each class: uint8 [I, size, size], and their labels, int64 [I].
 
-    Classes are the same for every `seed`; only how their images deviate follows from it.
+    The classes are the same for every `seed`; only the changes of their maps and the orbits follow from it.
     """
     maps_KM6, shares_KM = _classes(num_classes, size)
     labels = np.repeat(np.arange(num_classes), per_class)
@@ -37,7 +37,7 @@ def fractal_images(num_classes: int, per_class: int, size: int, seed: int) -> tu
 
 
 def _classes(num_classes: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Maps [K, M, 6] and their shares [K, M] of the first systems of a fixed sequence that fill enough of a picture."""
+    """Maps [K, M, 6] and their probabilities [K, M]: the first systems of a fixed sequence that fill enough pixels."""
     generator = np.random.default_rng(0)
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     while sum(len(maps) for maps, _ in kept) < num_classes:
@@ -61,7 +61,7 @@ def _rotation(angle: np.ndarray) -> np.ndarray:
 
 
 def _draw(maps_IM6: np.ndarray, shares_IM: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    """Orbits as pictures, uint8 [I, size, size], each stretched to the frame; brighter where more points fall."""
+    """One image per orbit, uint8 [I, size, size]: stretched to the frame, and brighter where more points fall."""
     count = len(maps_IM6)
     everyone = np.arange(count)
     bounds_IM = np.cumsum(shares_IM, 1)[:, :-1].astype(np.float32)

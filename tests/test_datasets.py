@@ -1,11 +1,14 @@
-"""Data sets: idx files, splits, padding, folders, samplers and their order."""
+"""Data sets: idx files, splits, padding, folders, transforms, samplers and their order."""
 
 from __future__ import annotations
 
 import gzip
+import importlib
 import pickle
+import re
 import struct
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -16,8 +19,11 @@ from torchvision import transforms as T
 
 import datasets
 from data.fractals import fractal_images
-from datasets import CALIBRATION_ORDER, RAND_AUGMENT, DataConfig, Light, build_loaders, read_idx, set_epoch
+from data.in_memory import Digits, InMemory, ShiftAndFlip, read_idx
+from data.transforms import RAND_AUGMENT, build_transform
+from datasets import CALIBRATION_ORDER, DATA_SETS, DataConfig, build_loaders, fingerprint, set_epoch
 from runtime.errors import UserError
+from training.options import build_parser, parse_args
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours
 
@@ -76,6 +82,24 @@ def test_digits_split_is_fixed_stratified_and_disjoint():
     assert sorted(map(bytes, images)) == sorted(map(bytes, everything))
 
 
+def test_the_fingerprint_of_digits_is_the_one_in_older_checkpoints():
+    """A resumed run compares it with its checkpoint's, so another text would refuse every checkpoint there is."""
+    wanted = "1437 images, sha256 dd57f179fb7f4867 + 360 images, sha256 679d8fbd7da50cb2"
+    assert fingerprint(DIGITS, build_loaders(DIGITS)) == wanted
+
+
+def test_data_sets_are_known_without_scikit_learn(monkeypatch):
+    """Only DIGITS needs it, and only when it is opened."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("datasets", "data", "sklearn"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # importing it fails
+    fresh = importlib.import_module("datasets")
+    assert fresh is not datasets and fresh.DATA_SETS.keys() == DATA_SETS.keys()
+    with pytest.raises(ModuleNotFoundError, match="sklearn"):
+        fresh.build_loaders(DIGITS)
+
+
 def test_every_held_out_image_is_evaluated_once():
     labels = torch.cat([labels for _, labels in build_loaders(DIGITS).val])
     assert len(labels) == 360
@@ -109,7 +133,9 @@ def test_order_is_a_function_of_seed_and_epoch_and_calibration_has_its_own():
     assert order(again.train, DIGITS, 0) == first and sorted(first) == list(range(1437))
     assert order(loaders.train, DIGITS, 1) != first
     assert order(loaders.train, replace(DIGITS, seed=1), 0) != first
-    assert order(loaders.calibration, DIGITS, CALIBRATION_ORDER) != first
+    calibration = order(loaders.calibration, DIGITS, CALIBRATION_ORDER)
+    assert calibration != first and sorted(calibration) == list(range(1437))
+    assert loaders.calibration.dataset.dataset is loaders.train.dataset.dataset
     assert order(loaders.train, DIGITS, 0) == first
 
 
@@ -206,7 +232,8 @@ def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
         (folder / name).write_bytes(pickle.dumps(content))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     monkeypatch.setitem(CIFAR10.meta, "md5", None)
-    loaders = build_loaders(replace(DIGITS, name="CIFAR10", path=str(tmp_path), input_size=32, batch_size=10))
+    config = replace(DIGITS, name="CIFAR10", path=str(tmp_path), input_size=32, batch_size=10)
+    loaders = build_loaders(config)
     assert len(loaders.train.dataset) == 50 and next(iter(loaders.train))[0].shape == (10, 3, 32, 32)
     ((images, labels),) = loaders.val  # the last file's: all red, then green, then blue
     colours = content["data"].reshape(10, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -257,11 +284,13 @@ def test_training_images_go_through_deits_augmentation(tmp_path):
     assert steps(replace(folder, color_jitter=0.2))["ColorJitter"].brightness == (0.8, 1.2)
 
 
-def test_a_batch_is_shifted_flipped_and_normalized_as_torchvision_does():
+@pytest.mark.parametrize("channels", [(), (3,)], ids=["grey", "RGB"])
+def test_a_batch_is_shifted_flipped_and_normalized_as_torchvision_does(channels):
     generator = np.random.default_rng(0)
-    images = torch.from_numpy(generator.integers(0, 256, (64, 32, 32), dtype=np.uint8))
+    images = torch.from_numpy(generator.integers(0, 256, (64, 32, 32, *channels), dtype=np.uint8))
     torch.manual_seed(0)
-    got = Light(padding=4, flip=0.5)(images)
+    got = ShiftAndFlip(padding=4, flip=0.5)(images)
+    assert got.is_contiguous()
     torch.manual_seed(0)
     down, right = torch.randint(9, (2, 64)).tolist()
     flips = torch.rand(64, 1, 1).flatten() < 0.5
@@ -277,14 +306,14 @@ def test_a_batch_is_shifted_flipped_and_normalized_as_torchvision_does():
 @pytest.mark.parametrize("change", [{"aa": "rand-m9"}, {"reprob": 0.5}, {"color_jitter": 0.3}, {"input_size": 16}])
 def test_whatever_else_an_image_goes_through_goes_one_by_one(change):
     loaders = build_loaders(replace(DIGITS, **change))
-    assert loaders.train.dataset.dataset.light is None
+    assert loaders.train.dataset.dataset.batch_transform is None
     images, labels = next(iter(loaders.train))
     size = change.get("input_size", 8)
     assert images.shape == (100, 3, size, size) and labels.dtype == torch.int64
 
 
 def test_fractals_are_a_data_set_of_their_own(monkeypatch):
-    monkeypatch.setitem(datasets.DATA_SETS, "FRACTAL", replace(datasets.DATA_SETS["FRACTAL"], num_classes=5))
+    monkeypatch.setitem(DATA_SETS, "FRACTAL", replace(DATA_SETS["FRACTAL"], num_classes=5))
     loaders = build_loaders(replace(DIGITS, name="FRACTAL", input_size=32))
     assert (len(loaders.train.dataset), len(loaders.val.dataset), loaders.num_classes) == (300, 50, 5)
     assert next(iter(loaders.train))[0].shape == (100, 3, 32, 32)
@@ -294,12 +323,81 @@ def test_fractals_are_a_data_set_of_their_own(monkeypatch):
         assert np.array_equal(loader.dataset.dataset.labels, labels)
 
 
-@pytest.mark.parametrize("name", ["Posterize", "PosterizeIncreasing", "PosterizeOriginal"])
+@dataclass(frozen=True)
+class Stripes(InMemory):
+    """What someone writes who adds a data set: images of one colour per class, with a white left half."""
+
+    name: str = "STRIPES"
+    description: str = "stripes of three colours"
+    num_classes: int = 3
+    needs_path: bool = False
+    flip: float = 0.0
+    padding: int = 0
+    options: dict = field(default_factory=lambda: {**datasets.SMALL_DATA, "epochs": 3})
+
+    def open(self, config, transform, training):
+        labels = np.arange(30 if training else 3) % 3
+        images = np.zeros((len(labels), 8, 8, 3), np.uint8)
+        images[np.arange(len(labels)), :, :, labels] = 255
+        images[:, :, :4] = 255
+        return self.serve(images, labels, config, transform, training)
+
+
+@pytest.mark.parametrize("change", [{}, {"reprob": 1e-9}], ids=["by the batch", "one by one"])
+def test_one_class_and_one_entry_add_a_data_set(change, monkeypatch):
+    monkeypatch.setitem(DATA_SETS, "STRIPES", Stripes())
+    config = replace(DIGITS, name="STRIPES", batch_size=6, **change)
+    loaders = build_loaders(config)
+    assert loaders.num_classes == 3 and (loaders.train.dataset.dataset.batch_transform is None) == bool(change)
+    batches = list(loaders.train)
+    assert len(batches) == 5
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    for images, labels in batches:
+        pixels = (images * std + mean).round(decimals=4)
+        assert (pixels[:, :, :, :4] == 1).all()
+        assert torch.equal(pixels[:, :, 0, 7], torch.nn.functional.one_hot(labels, 3).float())
+    assert fingerprint(config, loaders).startswith("30 images, sha256 ")
+    options = parse_args(["--data-set", "STRIPES"])
+    assert (options.training.epochs, options.model.model) == (3, datasets.SMALL_DATA["model"])
+    words = " ".join(build_parser().format_help().split())
+    assert "STRIPES: stripes of three colours Small data below is all but IMNET and FOLDER." in words
+    assert re.search(r"length of the run \(.*; small data: 40; DIGITS: 8; STRIPES: 3\)", words)
+    assert words.count("; STRIPES: ") == 1  # no other option differs from small data
+
+
+@pytest.mark.parametrize("shape, labels", [((9, 8, 8), 9), ((9, 3, 8, 8), 9), ((9, 64), 9), ((9, 8, 8, 3), 8)], ids=str)
+def test_arrays_that_do_not_fit_their_description(shape, labels):
+    arrays = np.zeros(shape, np.uint8), np.zeros(labels, np.int64)
+    with pytest.raises(
+        ValueError, match=r"STRIPES must have uint8 images \[N, height, width, 3\] and labels \[N\], got"
+    ):
+        Stripes().serve(*arrays, DIGITS, None, training=True)
+
+
+@pytest.mark.parametrize(
+    "aa, name",
+    [
+        ("rand-m9", "Posterize"),
+        ("rand-m9-mstd0.5-inc1", "PosterizeIncreasing"),
+        ("original", "PosterizeOriginal"),
+        ("augmix", "PosterizeIncreasing"),
+    ],
+)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_an_augmentation_that_keeps_no_bits_makes_black(name, mode):
-    """The default one draws that now and then; newer releases of Pillow refuse to do it."""
+def test_an_augmentation_that_keeps_no_bits_makes_black(aa, name, mode):
+    """DeiT's augmentation draws 0 bits now and then, which newer releases of Pillow refuse."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)).convert(mode)
-    posterize = auto_augment.NAME_TO_OP[name]
-    for bits in (0, 1, 4, 8):
-        kept = np.asarray(posterize(image, bits, fillcolor=None))
-        assert (kept == (np.asarray(image).astype(int) & (256 - 2 ** (8 - bits)))).all()
+    transform = build_transform(replace(DIGITS, aa=aa), Digits(), training=True)
+    (augment,) = (step for step in transform.transforms if type(step).__module__ == auto_augment.__name__)
+    operations = augment.ops if hasattr(augment, "ops") else [op for policy in augment.policy for op in policy]
+    posterizes = [operation.aug_fn for operation in operations if operation.name == name]
+    assert posterizes
+    for posterize in posterizes:
+        for bits in (0, 1, 4, 8):
+            kept = np.asarray(posterize(image, bits, fillcolor=None))
+            assert (kept == (np.asarray(image).astype(int) & (256 - 2 ** (8 - bits)))).all()
+
+
+def test_timm_itself_is_left_as_it_is():
+    build_transform(replace(DIGITS, aa="rand-m9"), Digits(), training=True)
+    assert all(auto_augment.NAME_TO_OP[name] is auto_augment.posterize for name in ("Posterize", "PosterizeIncreasing"))

@@ -1,4 +1,4 @@
-"""Image files that cannot be read: who takes their place, how they are counted, what is told of them."""
+"""Image files that cannot be read: which images take their place, and how they are counted and reported."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import ToTensor
 
-import datasets
 import engine
 import main as program
-from datasets import LEFT_OUT, BadImages, DataConfig, ImageFiles, build_loaders, set_epoch, take_bad_images
+from data.image_files import LEFT_OUT, BadImage, ImageFiles, ImageFilesLoader
+from datasets import BadImages, DataConfig, build_loaders, set_epoch, take_bad_images
 from engine import evaluate
 from main import main
 from runtime.errors import UserError
+from training import setup
 
 CONFIG = DataConfig("FOLDER", None, False, 8, 3, 0, 1, 0, "none", 0.0, 0.0, BadImages.SKIP)
 
@@ -45,20 +47,21 @@ def spoil(folder: Path, *names: str) -> set[str]:
     return {str(folder / name) for name in names}
 
 
-def test_the_next_readable_image_takes_the_place(folder):
-    """Files in order: dark 0 1 2, light 0 1 2. The place behind the last one is the first one's."""
+@pytest.mark.parametrize("training", [True, False])
+def test_the_next_readable_image_takes_the_place(training, folder):
+    """Files in order: dark 0 1 2, light 0 1 2. The first file follows the last."""
     spoil(folder, "train/dark/2.png", "train/light/0.png", "train/light/2.png")
-    files = ImageFiles(folder / "train", datasets.T.ToTensor(), BadImages.SKIP)
-    used, names = [0, 1, 4, 4, 4, 0], ["dark/2", "light/0", "light/2"]
-    bad = {2: names[:2], 3: names[1:2], 5: names[2:]}
-    for index in range(6):
-        image, label = files[index]
-        assert round(float(image.mean() * 255)) == [0, 20, 40, 128, 148, 168][used[index]]
-        assert (label < 0) == (index in bad)
-        if label < 0:
-            label, paths = files.decode(label)
-            assert paths == [str(folder / "train" / f"{name}.png") for name in bad[index]]
-        assert label == int(used[index] >= 3)
+    files = ImageFiles(folder / "train", ToTensor(), BadImages.SKIP, training)
+    used, brightness = [0, 1, 4, 4, 4, 0], [0, 20, 40, 128, 148, 168]
+    dark_2, light_0, light_2 = (str(folder / "train" / f"{name}.png") for name in ("dark/2", "light/0", "light/2"))
+    bad = {2: BadImage(dark_2, (light_0,)), 3: BadImage(light_0, ()), 5: BadImage(light_2, ())}
+    labels = [LEFT_OUT if index in bad and not training else int(used[index] >= 3) for index in range(6)]
+    for order in ([0, 1, 2, 3, 4, 5], [5, 3, 3, 1], [4]):
+        batch = files.__getitems__(order)
+        assert [round(float(image.mean() * 255)) for image in batch.images] == [brightness[used[i]] for i in order]
+        assert batch.labels.tolist() == [labels[i] for i in order] and batch.labels.dtype == torch.int64
+        assert batch.bad == tuple(bad[i] for i in order if i in bad)
+    assert [files[index][1] for index in range(6)] == labels
     files.bad_images = BadImages.STOP
     with pytest.raises(UserError, match=r"light.0\.png is not .*; replace or remove it, or pass --bad-images skip"):
         files[3]
@@ -67,7 +70,26 @@ def test_the_next_readable_image_takes_the_place(folder):
 def test_no_readable_image_at_all(folder):
     spoil(folder, *(f"val/{label}/{i}.png" for label in ("dark", "light") for i in range(3)))
     with pytest.raises(UserError, match=r"none of its 6 files is a readable one"):
-        ImageFiles(folder / "val", None, BadImages.SKIP)[1]
+        ImageFiles(folder / "val", None, BadImages.SKIP, training=False)[1]
+
+
+def test_files_that_were_tried_in_vain_are_named_too(folder):
+    """One place counts as one bad image; an epoch that stops early has not tried the other two for themselves."""
+    spoiled = spoil(folder, "train/dark/1.png", "train/dark/2.png", "train/light/0.png")
+    files = ImageFiles(folder / "train", ToTensor(), BadImages.SKIP, training=True)
+    loader = ImageFilesLoader(files, sampler=[0, 1], batch_size=2, collate_fn=lambda batch: batch)
+    ((images, labels),) = loader
+    assert labels.tolist() == [0, 1] and take_bad_images(loader) == (1, spoiled)
+
+
+def test_an_image_takes_as_long_in_a_folder_of_any_size(folder):
+    class Many(list):
+        def __len__(self) -> int:
+            return 2**62
+
+    files = ImageFiles(folder / "train", ToTensor(), BadImages.SKIP, training=True)
+    files.samples = Many(files.samples)
+    assert files[1][1] == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -150,14 +172,14 @@ def test_a_detection_does_not_count_them(folder):
 def test_steps_that_will_be_repeated_do_not_count(folder, monkeypatch):
     """A diverged run goes back ten steps, here to the beginning of an epoch, and with them over what they counted."""
     spoil(folder, "train/dark/1.png", "train/light/0.png", "train/light/2.png")
-    build = program.build_model
+    build = setup.build_model
 
     def build_poisoned(*arguments):
         model = build(*arguments)
         model.head.register_forward_hook(lambda layer, _, output: output * float("inf") if layer.training else None)
         return model
 
-    monkeypatch.setattr(program, "build_model", build_poisoned)
+    monkeypatch.setattr(setup, "build_model", build_poisoned)
     options = ["--data-set", "FOLDER", "--data-path", str(folder), "--batch-size", "1", "--input-size", "8"]
     options += ["--model", "deit_micro_patch4_32", "--num-workers", "0", "--repeats", "1", "--device", "cpu"]
     options += ["--epochs", "3", "--warmup-epochs", "0", "--output-dir", "out", "--bad-images", "skip"]
