@@ -1,13 +1,24 @@
-"""MXFP4 training: number formats, quantizers, the linear layer, measures of oscillation and what answers it; INT4.
+"""MXFP4 training: number formats, quantizers, the linear layer, measures of oscillation, remedies, and INT4.
 
-Knows nothing of models, data sets or command lines. Imports point one way: formats -> recipe, philox -> reference,
-kernels -> operators -> mx, matmul, shards, step_count -> int4 -> linear, latent -> q_ema, oscillation -> dampen,
-freeze, ramping, osci_reset.
+This package knows nothing of models, data sets or command lines. A file imports only from files that are listed before
+it, and the same holds for the folders:
+
+    formats, recipe         number formats; the choice of quantizers for a layer
+    philox, reference       random bits; the specification of MX quantization, in PyTorch
+    adamw_update, triton/   the data of an optimizer step; the kernels of quantizers, optimizer and averages
+    operators               the quantizers for torch.compile
+    mx, matmul, shards      `quantize_mx`; the matmul of two operands; sharded weights
+    baselines/              the INT4 layer
+    linear                  the MX layer
+    swap, weight_cache      functions on whole models: swap layers in, find them, quantize weights once
+    measures/               latent weights; path lengths and oscillation ratios
+    optim/                  counts of steps; Q-Ramping
+    remedies/               Q-EMA, dampening, freezing, OsciReset
 """
 
 from .baselines.int4 import Int4Linear, initialise_steps
 from .formats import Element, Rounding, Scaling
-from .linear import BLOCK_LINEARS, QuantLinear, quant_linears, set_matmul, swap_linears, weights_quantized_once
+from .linear import QuantLinear
 from .matmul import Matmul, has_fp8, take_lost_groups
 from .measures.latent import confidence, histogram, latent_weight
 from .measures.oscillation import OSCILLATION_THRESHOLD, OscillationWindow, PathLengths, TensorPath, rate_of_change
@@ -17,7 +28,9 @@ from .recipe import BACKWARD, FORWARD, QUANTIZERS, RECIPES, Int4Recipe, Quantize
 from .remedies.dampen import Dampen, Reduction
 from .remedies.freeze import Freeze
 from .remedies.osci_reset import OsciReset
-from .remedies.q_ema import QEma, lerp_unless, plain_rounding
+from .remedies.q_ema import QEma, lerp_unless
+from .swap import BLOCK_LINEARS, plain_rounding, quant_linears, set_matmul, swap_linears
+from .weight_cache import weights_quantized_once
 
 __all__ = [
     "BACKWARD",

@@ -1,7 +1,7 @@
 """Number formats of microscaling (MX): 4-bit elements, the E8M0 group scale, scale rules, rounding rules.
 
-Everything that quantizes reads its constants here. Source: OCP Microscaling Formats (MX) Specification v1.0,
-sections 5.3 (elements) and 5.4 (E8M0 scale); E3M0 is the gradient format of the paper's Table 7.
+All quantizers take their constants from this file. Source: OCP Microscaling Formats (MX) Specification v1.0, sections
+5.3 (elements) and 5.4 (E8M0 scale); E3M0 is the gradient format of the paper's Table 7.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SIGN_CODE = 0x8  # sign bit of a 4-bit code
 MAX_MAGNITUDE_CODE = 0x7
 
 # An E8M0 byte b stands for 2 ** (b - 127): it is the exponent field of an fp32, with the same bias.
-SCALE_NAN = 0xFF  # except for the byte that stands for NaN
+SCALE_NAN = 0xFF  # the one byte that stands for NaN instead
 
 # fp32 bit patterns: scales and roundings are decided on these, never through a floating-point logarithm.
 FP32_MANTISSA_BITS = 23
@@ -27,11 +27,11 @@ FP32_SUBNORMAL_HALF = 0x00400000  # 2 ** -127, the smallest E8M0 scale
 FP32_NAN = 0x7FC00000
 FP64_MANTISSA_BITS = 52
 FP64_EXPONENT_BIAS = 1023
-ZERO_GROUP_BITS = 0x322BCC77  # fp32 1e-8, which stands in for the largest magnitude of an all-zero group
+ZERO_GROUP_BITS = 0x322BCC77  # fp32 1e-8, which replaces the amax of an all-zero group
 
 RANDOM_BITS = 16  # random bits that decide one stochastic rounding
 
-FP8_ROW_MULTIPLE = 16  # FP8 matmuls want operands whose rows are a multiple of 16 bytes
+FP8_ROW_MULTIPLE = 16  # FP8 matmuls need operands whose rows are a multiple of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ElementFormat:
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """Where nearest rounding changes from one magnitude to the next: the midpoints."""
+        """The points at which nearest rounding changes from one magnitude to the next: the midpoints."""
         return tuple((low + high) / 2 for low, high in pairwise(self.magnitudes))
 
 
@@ -84,7 +84,7 @@ _FORMATS = {
 
 
 class Scaling(str, Enum):
-    """How the exponent s of a group's scale S = 2**s follows from its largest magnitude M (paper section 3.2)."""
+    """The rule that gives the exponent s of a group's scale S = 2**s from the group's amax M (paper section 3.2)."""
 
     TRUNCATION_FREE = "truncation_free"
     """s = ceil(log2(M / Qp)): no scaled value exceeds Qp, so nothing is clipped and stochastic rounding is unbiased."""
@@ -94,7 +94,7 @@ class Scaling(str, Enum):
 
 
 class Rounding(str, Enum):
-    """How a scaled value y between its grid neighbours q1 < q2 becomes one of them (paper sections 3.2 and 5)."""
+    """The rule that rounds a scaled value y to one of its grid neighbours q1 < q2 (paper sections 3.2 and 5)."""
 
     NEAREST = "nearest"
     """The nearer one; a tie goes to the neighbour with the even code."""
@@ -105,17 +105,20 @@ class Rounding(str, Enum):
 
 
 class Fp8(str, Enum):
-    """FP8 format of a matmul operand (OCP OFP8 v1.0). An element times its scale, over one power of two for the whole
-    tensor, is exact in it as long as the groups' scales lie within `binades` of each other."""
+    """FP8 format of a matmul operand (OCP OFP8 v1.0).
+
+    An element times its scale, over one power of two for the whole tensor, is exact in it as long as the groups'
+    scales lie within as many binades of each other as the format spans.
+    """
 
     E5M2 = "e5m2"
-    """For activations and gradients in their own order of magnitude: 28 binades of E2M1 scales."""
+    """Spans 28 binades of E2M1 scales; for activations in the forward pass and for gradients."""
     E4M3 = "e4m3"
-    """For what multiplies an E5M2 operand, since tensor cores take at most one of those: 14 binades."""
+    """Spans 14 binades; for the other operand, since tensor cores take at most one E5M2 operand."""
 
 
 _FP8_EXPONENTS = {Fp8.E5M2: (-16, 15), Fp8.E4M3: (-9, 8)}
-"""Exponents of the smallest subnormal and of the largest numbers, which include 1.5 times that power of two."""
+"""Exponents of the smallest subnormal and of the largest binade; that binade includes 1.5 times its power of two."""
 
 
 def fp8_range(fp8: Fp8, fmt: ElementFormat) -> tuple[int, int]:

@@ -18,72 +18,89 @@ estimates of the straight-through gradient of the quantized forward pass: E[dX] 
 Every operand comes with its reduction axis last, so each matmul is `a @ b.T` of two row-major matrices; Q4 and Q6 read
 the packed codes that the forward pass kept. An E2M1 value times a power of two is exact in bf16 and, with one power of
 two taken out of the whole tensor, in FP8: multiplying such operands, accumulated in fp32, is multiplying the codes.
-`matmul.py` says which it is.
+`matmul.py` decides between the two. A group whose scale is too small for FP8 underflows: it becomes zero and is
+counted.
 
-Shape suffixes: N tokens (all leading axes folded), D input channels, C output channels, B bytes of codes, G groups.
+Shape suffixes: N tokens (all leading axes folded), D input channels, C output channels, R rows of either operand and L
+elements in a row, B bytes of codes, G groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import importlib
+import warnings
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .baselines.int4 import Int4Linear
 from .formats import Fp8, Rounding
-from .matmul import Matmul, has_fp8, lost_counters, matmul_dtype, multiply, output_dtype
+from .matmul import Matmul, has_fp8, matmul_dtype, multiply, output_dtype, underflow_counters
 from .mx import backend_for
 from .philox import fresh_keys
-from .recipe import Int4Recipe, Quantizer, Recipe
+from .recipe import Quantizer, Recipe, layer_for
 from .reference import Operand, Packed
-from .shards import is_sharded, local
-
-BLOCK_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-"""The linears of a transformer block, the layers that the paper quantizes."""
+from .shards import local
 
 Q_EMA_START = 10
-"""Q-EMA decides roundings from this update of the moving average on (paper Algorithm 1)."""
+"""From this update of the moving average on, Q-EMA decides the roundings (paper Algorithm 1)."""
+
+
+class WeightCache(Protocol):
+    """Keeps the operand Q2(W) of one layer between forward passes; `weight_cache.py` implements it.
+
+    `how` is everything beside the layer's own tensors that the operand depends on.
+    """
+
+    def get(self, *how):
+        """The operand that `put` was given with the same `how`, or None if the weight has changed since."""
+
+    def put(self, made, *how) -> None:
+        """Keep `made`, which follows from `how` and the present weight."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What does not depend on the numbers: the recipe, and the arithmetic of the three matmuls."""
+    """The recipe and the arithmetic of the three matmuls, which do not depend on the tensors' values."""
 
     recipe: Recipe
     dtype: torch.dtype
+    """The dtype of operands that are not in FP8."""
     fp8: bool
-    lost: Tensor | None = field(default=None, compare=False)
-    """Where groups out of FP8's range are counted."""
+    """If true, the operands of a matmul are FP8 numbers, provided that both are quantized."""
+    underflowed: Tensor | None = field(default=None, compare=False)
+    """int64 [1], which counts the groups that underflow in FP8; None without FP8."""
 
     def fp8_of(self, first: Quantizer, second: Quantizer) -> tuple[Fp8, Fp8] | tuple[None, None]:
-        """FP8 formats of a matmul's operands: only what both quantizers have made fits. Gradients and, in the forward
-        pass, activations come first, since their scales span more binades than those of weights."""
+        """FP8 formats of a matmul's operands, which both quantizers must have made, since other numbers do not fit.
+
+        Gradients and, in the forward pass, activations come first: their scales span more binades than those of
+        weights.
+        """
         return (Fp8.E5M2, Fp8.E4M3) if self.fp8 and first.enabled and second.enabled else (None, None)
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """What the forward pass keeps of X or of W, as positions in the tensors saved for the backward pass.
+    """Describes what the forward pass keeps of X or of W among the tensors that it saves for the backward pass.
 
-    Codes and scales where double quantization reads them, 4.25 bits a value, else the tensor as it came; and the
-    largest magnitude for FP8.
+    It keeps codes and scales where double quantization reads them, 4.25 bits a value, else the tensor as it came; and
+    the amax if the backward matmul is in FP8.
     """
 
     quantizer: Quantizer
     length: int
     packed: bool
-    has_largest: bool
+    has_amax: bool
 
     def read(self, saved: list[Tensor]) -> tuple[Tensor | Packed, Tensor | None]:
         """Takes its tensors from the front of `saved`."""
         source = saved.pop(0)
         if self.packed:
             source = Packed(source, saved.pop(0), self.length, self.quantizer)
-        return source, saved.pop(0) if self.has_largest else None
+        return source, saved.pop(0) if self.has_amax else None
 
 
 def _forward_operand(
@@ -91,7 +108,7 @@ def _forward_operand(
     q: Quantizer,
     plan: _Plan,
     fp8: Fp8 | None,
-    keep_largest: bool,
+    keep_amax: bool,
     keep_packed: bool,
     key: Tensor | None = None,
     ema_RL: Tensor | None = None,
@@ -99,10 +116,10 @@ def _forward_operand(
 ) -> tuple[Operand, _Kept, tuple[Tensor, ...]]:
     """Q1 or Q2: the operand of the forward matmul, and what the backward pass keeps."""
     backend = backend_for(x_RL, plan.dtype)
-    largest = backend.largest_magnitude(x_RL) if keep_largest or fp8 is not None else None
-    kept = _Kept(q, x_RL.shape[1], keep_packed and q.enabled, keep_largest)
+    amax = backend.largest_magnitude(x_RL) if keep_amax or fp8 is not None else None
+    kept = _Kept(q, x_RL.shape[1], keep_packed and q.enabled, keep_amax)
     if not q.enabled:
-        return Operand(x_RL.to(plan.dtype)), kept, (x_RL, largest) if keep_largest else (x_RL,)
+        return Operand(x_RL.to(plan.dtype)), kept, (x_RL, amax) if keep_amax else (x_RL,)
     values_RL, codes_RB, scales_RG, operand_scale = backend.quantize(
         x_RL,
         q.element,
@@ -113,12 +130,12 @@ def _forward_operand(
         ema_active=ema_active,
         values_dtype=plan.dtype if fp8 is None else None,
         fp8=fp8,
-        largest=largest,
-        lost=plan.lost,
+        largest=amax,
+        lost=plan.underflowed,
         pack=keep_packed,
     )
     tensors = (codes_RB, scales_RG) if keep_packed else (x_RL,)
-    return Operand(values_RL, operand_scale), kept, (*tensors, largest) if keep_largest else tensors
+    return Operand(values_RL, operand_scale), kept, (*tensors, amax) if keep_amax else tensors
 
 
 def _backward_operands(
@@ -128,10 +145,13 @@ def _backward_operands(
     keys: tuple[Tensor | None, Tensor | None],
     plan: _Plan,
     fp8: Fp8 | None,
-    largest: Tensor | None,
+    amax: Tensor | None,
     with_sum: bool = False,
 ) -> tuple[Operand | None, Operand | None, Tensor | None]:
-    """Q3 and Q5, or Q4, or Q6: operands from the rows and the columns of `source`; None where not asked for."""
+    """Q3 and Q5, or Q4, or Q6: operands from the rows and from the columns of `source` [R, L], and its column sums.
+
+    The operand of the rows is [R, L], that of the columns [L, R]. Each of the three is None if it was not asked for.
+    """
     operands = [None, None]
     dense = None
     for i, q in enumerate((rows, columns)):
@@ -150,14 +170,40 @@ def _backward_operands(
             keys=keys,
             dtype=plan.dtype,
             fp8=fp8,
-            largest=largest,
-            lost=plan.lost,
+            largest=amax,
+            lost=plan.underflowed,
             with_sum=with_sum,
         )
         operands = [q if q is not None else o for q, o in zip(quantized, operands)]
     elif with_sum:
         total = _dense(source, plan.dtype).sum(dim=0, dtype=torch.float32)
     return *operands, total
+
+
+def _gradient_operands(
+    dy_NC: Tensor,
+    plan: _Plan,
+    needs: tuple[bool, bool, bool],
+    keys: tuple[Tensor, Tensor],
+) -> tuple[Operand | None, Operand | None, Tensor | None]:
+    """Q3(dY) [N, C], Q5(dY) transposed to [C, N], and the fp32 column sums [C] for db, each None where not needed.
+
+    `needs` tells which of dX, dW and db are. One pass over dY makes all three, unless one of the two matmuls is in FP8
+    and the other is not, because its second operand is not quantized.
+    """
+    recipe, (needs_dx, needs_dw, needs_db) = plan.recipe, needs
+    q3, q5 = recipe.q3 if needs_dx else None, recipe.q5 if needs_dw else None
+    dx_fp8, _ = plan.fp8_of(recipe.q3, recipe.q4)
+    dw_fp8, _ = plan.fp8_of(recipe.q5, recipe.q6)
+    amax = None
+    if (q3 is not None and dx_fp8) or (q5 is not None and dw_fp8):
+        amax = backend_for(dy_NC).largest_magnitude(dy_NC)
+    if q3 is None or q5 is None or dx_fp8 is dw_fp8:
+        fp8 = dx_fp8 if q3 is not None else dw_fp8
+        return _backward_operands(dy_NC, q3, q5, keys, plan, fp8, amax, needs_db)
+    dy_rows_NC, _, _ = _backward_operands(dy_NC, q3, None, (keys[0], None), plan, dx_fp8, amax)
+    _, dy_columns_CN, db_C = _backward_operands(dy_NC, None, q5, (None, keys[1]), plan, dw_fp8, amax, needs_db)
+    return dy_rows_NC, dy_columns_CN, db_C
 
 
 def _dense(source: Tensor | Packed, dtype: torch.dtype) -> Tensor:
@@ -167,31 +213,14 @@ def _dense(source: Tensor | Packed, dtype: torch.dtype) -> Tensor:
     return backend_for(codes_RB, dtype).dequantize(codes_RB, scales_RG, length, q.element, dtype)
 
 
-class _WeightCache:
-    """Q2(W) of one layer for as long as nothing that it was made of changes.
+class _MXLinear(torch.autograd.Function):
+    """The three matmuls of the layer, in three kinds of arithmetic.
 
-    Every in-place write to a tensor raises its version; a tensor put into another's place has another identity. What
-    goes round both (`tensor.data`, a CUDA graph) goes unnoticed, hence `weights_quantized_once` limits its life.
+    Under autocast and for bf16 input, operands are bf16, or, with FP8, E5M2 and E4M3 numbers over one power of two per
+    tensor. For other fp32 input they are fp32, and float64 for float64. Sums are accumulated in fp32 (float64 for
+    float64).
     """
 
-    def __init__(self, layer: QuantLinear) -> None:
-        self._layer = layer
-        self._made: tuple | None = None
-        self._key: tuple | None = None
-
-    def _key_of(self, *how) -> tuple:
-        layer = self._layer
-        tensors = [layer.weight, *((layer.weight_ema, layer.ema_updates) if layer.use_q_ema else ())]
-        return (layer.recipe, *how, *((id(t), t.data_ptr(), t._version) for t in tensors))
-
-    def get(self, *how):
-        return self._made if self._made is not None and self._key == self._key_of(*how) else None
-
-    def put(self, made, *how) -> None:
-        self._made, self._key = made, self._key_of(*how)
-
-
-class _MXLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
@@ -200,30 +229,39 @@ class _MXLinear(torch.autograd.Function):
         bias_C: Tensor | None,
         ema_CD: Tensor | None,
         ema_active: Tensor | None,
-        lost: Tensor | None,
-        lost_backward: Tensor | None,
+        underflowed: Tensor | None,
+        underflowed_backward: Tensor | None,
         recipe: Recipe,
+        use_fp8: bool,
         save: bool,
-        cache: _WeightCache | None,
+        cache: WeightCache | None,
     ) -> Tensor:
+        """Y = Q1(X) Q2(W)^T + b, in the dtype that `nn.Linear` would return.
+
+        With `use_fp8`, `underflowed` counts the groups that underflow here. `underflowed_backward` is not read; it only
+        receives the backward pass's count (see `backward`). `save` keeps what the backward pass needs.
+        """
         dtype = matmul_dtype(x)
-        plan = _Plan(recipe, dtype, lost is not None and dtype == torch.bfloat16, lost)
+        plan = _Plan(recipe, dtype, use_fp8 and dtype == torch.bfloat16, underflowed)
         q1, q2 = recipe.q1, recipe.q2
         x_ND = x.reshape(-1, x.shape[-1])
         keys = (None, None)
         if Rounding.STOCHASTIC in (q1.rounding, q2.rounding):
             keys = fresh_keys(2, x.device)
         x_fp8, w_fp8 = plan.fp8_of(q1, q2)
-        keep_x_largest = save and plan.fp8_of(recipe.q5, recipe.q6)[0] is not None
-        keep_w_largest = save and plan.fp8_of(recipe.q3, recipe.q4)[0] is not None
+        keep_x_amax = save and plan.fp8_of(recipe.q5, recipe.q6)[0] is not None
+        keep_w_amax = save and plan.fp8_of(recipe.q3, recipe.q4)[0] is not None
         pack = recipe.double and save
-        x_operand_ND, kept_x, saved_x = _forward_operand(x_ND, q1, plan, x_fp8, keep_x_largest, pack, keys[0])
-        made = cache.get(plan, w_fp8, keep_w_largest, pack) if cache is not None else None
+        x_operand_ND, kept_x, saved_x = _forward_operand(x_ND, q1, plan, x_fp8, keep_x_amax, pack, keys[0])
+        how = plan, w_fp8, keep_w_amax, pack
+        made = cache.get(*how) if cache is not None else None
         if made is None:
-            made = _forward_operand(weight_CD, q2, plan, w_fp8, keep_w_largest, pack, keys[1], ema_CD, ema_active)
+            made = _forward_operand(weight_CD, q2, *how, keys[1], ema_CD, ema_active)
             if cache is not None:
-                cache.put(made, plan, w_fp8, keep_w_largest, pack)
+                cache.put(made, *how)
         w_operand_CD, kept_w, saved_w = made
+        # Y [N, C] = Q1(X) [N, D] @ Q2(W) [C, D].T + b [C]. Operands: bf16 x bf16, E5M2 x E4M3 or fp32 x fp32.
+        # Result: bf16 under autocast, else the dtype of X.
         y_NC = multiply(x_operand_ND, w_operand_CD, output_dtype(x), bias_C)
 
         # Codes and scales are tensors of the graph like any other, so activation checkpointing and saved-tensor hooks
@@ -237,48 +275,46 @@ class _MXLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        dy_NC = dy.reshape(-1, dy.shape[-1])
-        plan, recipe = ctx.plan, ctx.plan.recipe
-        lost = torch.zeros(1, dtype=torch.int64, device=dy.device) if plan.fp8 else None
-        plan = replace(plan, lost=lost)
-        saved = list(ctx.saved_tensors)  # read once: checkpointing recomputes the forward pass for it
-        x_source, x_largest = ctx.kept_x.read(saved)
-        w_source, w_largest = ctx.kept_w.read(saved)
-        # Fresh for every layer, operand and backward pass: micro-batches and ranks round independently.
-        key3, key4, key5, key6 = fresh_keys(4, dy.device).split(1)
-        needs_dx, needs_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        needs_db = ctx.bias_dtype is not None and ctx.needs_input_grad[2]
-        q3 = recipe.q3 if needs_dx else None
-        q5 = recipe.q5 if needs_dw else None
-        dx_fp8, w_fp8 = plan.fp8_of(recipe.q3, recipe.q4)
-        dw_fp8, x_fp8 = plan.fp8_of(recipe.q5, recipe.q6)
+        """dX = Q3(dY) Q4(Q2(W)), dW = Q5(dY)^T Q6(Q1(X)) and db, in the dtypes of X, W and b, as far as needed.
 
-        together = q3 is None or q5 is None or dx_fp8 is dw_fp8
-        largest = None
-        if (q3 is not None and dx_fp8) or (q5 is not None and dw_fp8):
-            largest = backend_for(dy_NC).largest_magnitude(dy_NC)
-        if together:
-            fp8 = dx_fp8 if q3 is not None else dw_fp8
-            dy_rows_NC, dy_columns_CN, db_C = _backward_operands(
-                dy_NC, q3, q5, (key3, key5), plan, fp8, largest, needs_db
-            )
-        else:  # one of the two matmuls has an operand that is not quantized
-            dy_rows_NC, _, _ = _backward_operands(dy_NC, q3, None, (key3, None), plan, dx_fp8, largest)
-            _, dy_columns_CN, db_C = _backward_operands(dy_NC, None, q5, (None, key5), plan, dw_fp8, largest, needs_db)
+        The number of underflowed groups is returned as the gradient of the input `underflowed_backward`. A compiled
+        backward pass cannot add to a buffer, but autograd adds the gradient that it returns to the tensor's `.grad`,
+        where `take_lost_groups` reads it. The tensor takes no part in Y, so it has no other gradient.
+        """
+        dy_NC = dy.reshape(-1, dy.shape[-1])
+        underflowed = torch.zeros(1, dtype=torch.int64, device=dy.device) if ctx.plan.fp8 else None
+        plan = replace(ctx.plan, underflowed=underflowed)
+        recipe = plan.recipe
+        saved = list(ctx.saved_tensors)  # read once, because checkpointing recomputes the forward pass for it
+        x_source, x_amax = ctx.kept_x.read(saved)
+        w_source, w_amax = ctx.kept_w.read(saved)
+        # The keys are new for every layer, operand and backward pass, so micro-batches and ranks round independently.
+        key3, key4, key5, key6 = fresh_keys(4, dy.device).split(1)
+        needs_dx, needs_dw, has_bias_gradient = ctx.needs_input_grad[:3]
+        needs_db = ctx.bias_dtype is not None and has_bias_gradient
+        dy_rows_NC, dy_columns_CN, db_C = _gradient_operands(dy_NC, plan, (needs_dx, needs_dw, needs_db), (key3, key5))
         dx = dw_CD = None
         if needs_dx:
-            _, w_operand_DC, _ = _backward_operands(w_source, None, recipe.q4, (None, key4), plan, w_fp8, w_largest)
+            _, w_fp8 = plan.fp8_of(recipe.q3, recipe.q4)
+            _, w_operand_DC, _ = _backward_operands(w_source, None, recipe.q4, (None, key4), plan, w_fp8, w_amax)
+            # dX [N, D] = Q3(dY) [N, C] @ Q4(Q2(W)) [D, C].T. Operands: bf16 x bf16, E5M2 x E4M3 or fp32 x fp32.
+            # Result: the dtype of X.
             dx = multiply(dy_rows_NC, w_operand_DC, ctx.x_dtype).reshape(ctx.x_shape)
         if needs_dw:
-            _, x_operand_DN, _ = _backward_operands(x_source, None, recipe.q6, (None, key6), plan, x_fp8, x_largest)
+            _, x_fp8 = plan.fp8_of(recipe.q5, recipe.q6)
+            _, x_operand_DN, _ = _backward_operands(x_source, None, recipe.q6, (None, key6), plan, x_fp8, x_amax)
+            # dW [C, D] = Q5(dY)^T [C, N] @ Q6(Q1(X)) [D, N].T. Operands: bf16 x bf16, E5M2 x E4M3 or fp32 x fp32.
+            # Result: the dtype of W, which is fp32 for a master weight.
             dw_CD = multiply(dy_columns_CN, x_operand_DN, ctx.weight_dtype)
         db_C = db_C.to(ctx.bias_dtype) if needs_db else None
-        lost = lost.to(torch.float32) if plan.fp8 and ctx.needs_input_grad[6] else None
-        return dx, dw_CD, db_C, None, None, None, lost, None, None, None
+        # Input 6 is `underflowed_backward`.
+        count = underflowed.to(torch.float32) if plan.fp8 and ctx.needs_input_grad[6] else None
+        return dx, dw_CD, db_C, None, None, None, count, None, None, None, None
 
 
+@layer_for(Recipe)
 class QuantLinear(nn.Linear):
-    """Drop-in for `nn.Linear` whose matmuls run in MX by `recipe`, TetraJet's if none is given.
+    """A drop-in for `nn.Linear` whose matmuls run in MX by `recipe`, which is TetraJet's if none is given.
 
     `weight` and `bias` are the fp32 master parameters under their usual names. With Q-EMA the layer also owns
     `weight_ema` (fp32, the shape of `weight`) and `ema_updates` (int64 scalar), which `QEma` advances; a checkpoint
@@ -299,15 +335,16 @@ class QuantLinear(nn.Linear):
         self.recipe = recipe = Recipe() if recipe is None else recipe
         self.use_q_ema = recipe.q_ema_beta is not None
         """Off during Q-Ramping's detection, which studies plain rounding."""
+        self.weight_cache: WeightCache | None = None
+        """Keeps Q2(W) between forward passes within `weights_quantized_once`."""
         self._matmul = Matmul.AUTO
-        self._cache: _WeightCache | None = None
         if self.use_q_ema:
             self._register_ema()
         self._make_counters()
 
     @property
     def matmul(self) -> Matmul:
-        """Arithmetic of the matmuls under bf16: speed, not results. `set_matmul` sets it for a model."""
+        """The arithmetic of the matmuls under bf16: speed, not results. `set_matmul` sets it for a whole model."""
         return self._matmul
 
     @matmul.setter
@@ -320,9 +357,9 @@ class QuantLinear(nn.Linear):
         return self._matmul is Matmul.FP8 or (self._matmul is Matmul.AUTO and has_fp8(self.weight.device))
 
     def _make_counters(self) -> None:
-        """Now, because a graph of torch.compile cannot."""
+        """Make the counters of this device before the forward pass, because a graph of torch.compile cannot."""
         if self._uses_fp8 and not self.weight.is_meta:
-            lost_counters(self.weight.device)
+            underflow_counters(self.weight.device)
 
     def _apply(self, fn, recurse: bool = True) -> QuantLinear:
         moved = super()._apply(fn, recurse)
@@ -331,7 +368,7 @@ class QuantLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: Recipe) -> QuantLinear:
-        """A layer that shares the parameters of `linear`."""
+        """Make a layer that shares the parameters of `linear`."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta", recipe=recipe)
         layer.weight, layer.bias = linear.weight, linear.bias
         if layer.use_q_ema:
@@ -350,7 +387,7 @@ class QuantLinear(nn.Linear):
         self.ema_updates.zero_()
 
     def _ema_arguments(self) -> tuple[Tensor | None, Tensor | None]:
-        # The comparison stays on the device: whether the average is in use never costs a synchronisation.
+        # The comparison stays on the device, so asking if the average is in use never costs a synchronisation.
         return (self.weight_ema, self.ema_updates >= Q_EMA_START) if self.use_q_ema else (None, None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -358,27 +395,29 @@ class QuantLinear(nn.Linear):
             raise TypeError(f"QuantLinear needs a floating-point tensor, got {x.dtype}")
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the last axis must have {self.in_features} channels, got {tuple(x.shape)}")
-        lost = lost_counters(x.device) if self._uses_fp8 else (None, None)
+        use_fp8 = self._uses_fp8
+        underflowed, underflowed_backward = underflow_counters(x.device) if use_fp8 else (None, None)
         trains = x.requires_grad or self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        # A compiled graph quantizes the weight as a part of itself.
-        cache = None if torch.compiler.is_compiling() else self._cache
         return _MXLinear.apply(
             x,
             self.weight,
             self.bias,
             *self._ema_arguments(),
-            lost[0],
-            lost[1] if trains else None,
+            underflowed,
+            # It requires a gradient, so it would make the output of a frozen layer require one, too.
+            underflowed_backward if trains else None,
             self.recipe,
+            use_fp8,
             torch.is_grad_enabled(),
-            cache,
+            # A compiled graph contains the quantization of the weight.
+            None if torch.compiler.is_compiling() else self.weight_cache,
         )
 
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:
         """Q2(W) in fp32, [C, D], by the quantizer that the forward pass uses; W itself where Q2 is off.
 
-        Of a weight that is sharded, this process's rows.
+        It holds this process's rows if the weight is sharded.
         """
         q2 = self.recipe.q2
         key = fresh_keys(1, self.weight.device) if q2.rounding is Rounding.STOCHASTIC else None
@@ -399,75 +438,24 @@ class QuantLinear(nn.Linear):
         return f"{super().extra_repr()}, {self.recipe.describe()}"
 
 
-def swap_linears(model: nn.Module, recipe: Recipe | Int4Recipe, names: Sequence[str] = BLOCK_LINEARS) -> nn.Module:
-    """Replace, in place, every `nn.Linear` whose qualified name ends in one of `names`; parameters are shared.
-
-    The replacement is a `QuantLinear`, or an `Int4Linear` for an `Int4Recipe`. A recipe that quantizes nothing leaves
-    the model as it is. Returns `model`. Raises ValueError if no layer matches.
-    """
-    if not recipe.quantizes:
-        return model
-    names = (names,) if isinstance(names, str) else names
-    endings = tuple("." + name for name in names)
-    found = [
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear) and ("." + name).endswith(endings)
-    ]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no linear layer named {', '.join(names)}; pass other names")
-    layer_class = Int4Linear if isinstance(recipe, Int4Recipe) else QuantLinear
-    replacements = {module: layer_class.from_linear(module, recipe) for module in map(model.get_submodule, found)}
-    for name in found:
-        parent, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(parent)
-        setattr(parent, leaf, replacements[getattr(parent, leaf)])
-    return model
+_MOVED = {
+    "BLOCK_LINEARS": "swap",
+    "plain_weight_linears": "swap",
+    "quant_linears": "swap",
+    "set_matmul": "swap",
+    "swap_linears": "swap",
+    "weights_quantized_once": "weight_cache",
+}
 
 
-def set_matmul(model: nn.Module, matmul: Matmul | str) -> None:
-    """Choose the arithmetic of every quantized linear of `model`."""
-    for layer in quant_linears(model).values():
-        layer.matmul = matmul
-
-
-@contextmanager
-def weights_quantized_once(model: nn.Module) -> Iterator[None]:
-    """Within, Q2(W) is computed once for as long as the weight stays the same: around the micro-batches of a step, or
-    an evaluation. Q4 is drawn afresh in every backward pass all the same.
-
-    Optimizer steps, in-place edits, `load_state_dict`, averages that move and parameters that are replaced are
-    noticed; an edit through `.data`, which PyTorch does not count, is not until the block ends. Layers whose Q2 is
-    stochastic, and compiled ones, quantize in every forward pass; so do sharded ones, whose weights must not stay
-    whole.
-    """
-    layers = [
-        layer
-        for layer in quant_linears(model).values()
-        if layer.recipe.q2.rounding is not Rounding.STOCHASTIC and not is_sharded(layer.weight)
-    ]
-    before = [layer._cache for layer in layers]
-    for layer in layers:
-        if layer._cache is None:
-            layer._cache = _WeightCache(layer)
-    try:
-        yield
-    finally:
-        for layer, cache in zip(layers, before):
-            layer._cache = cache
-
-
-def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
-    """The quantized linears of `model` by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-
-
-def plain_weight_linears(model: nn.Module) -> list[QuantLinear]:
-    """The layers of `model` whose Q2 is the plain quantizer, for what acts on W and Q2(W).
-
-    Raises ValueError if there is none, or if Q-EMA rounds the weights.
-    """
-    layers = [layer for layer in quant_linears(model).values() if layer.recipe.q2.enabled]
-    if not layers or any(layer.recipe.q_ema_beta is not None for layer in layers):
-        raise ValueError("the model must round its weights plainly; build it with a recipe with q2 and without Q-EMA")
-    return layers
+def __getattr__(name: str) -> object:
+    """Names that were once defined here can still be imported from here in this release, with a DeprecationWarning."""
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_MOVED[name]}", __package__)
+    warnings.warn(
+        f"{__name__}.{name} will be removed in the next release; import {name} from {module.__name__}",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return getattr(module, name)

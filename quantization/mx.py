@@ -1,6 +1,6 @@
-"""`quantize_mx`: any floating-point tensor to packed MX codes and scales, along any axis, and back.
+"""`quantize_mx` quantizes any floating-point tensor along any axis to packed MX codes and scales, and back.
 
-`backend_for` says what does the work: Triton kernels (CUDA), the PyTorch reference (elsewhere), operators (compiled).
+`backend_for` chooses what does it: Triton kernels (CUDA), the PyTorch reference (elsewhere), operators (compiled).
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from .philox import fresh_keys
 
 
 def backend_for(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
-    """`kernels` or `reference`, whose functions return the same bits, or, in a compiled graph, `operators` that call
-    one of them."""
+    """The module with the quantizers' functions: `triton.kernels` or `reference`, which return the same bits.
+
+    In a compiled graph it is `operators`, which calls one of them.
+    """
     return operators if torch.compiler.is_compiling() else operators.backend(tensor, dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class MXTensor:
-    """A tensor in MX format: 4.25 bits a value where the axis length is a multiple of 32."""
+    """A tensor in MX format, which takes 4.25 bits a value if the length of the axis is a multiple of 32."""
 
     codes: Tensor
     """uint8, shaped like the tensor but ceil(length / 2) along `axis`: two codes a byte, the first element in the low
-    nibble. E2M1 codes may be viewed as `torch.float4_e2m1fn_x2`. In memory `axis` is the contiguous one."""
+    nibble. E2M1 codes may be viewed as `torch.float4_e2m1fn_x2`. `axis` is contiguous in memory."""
     scales: Tensor
     """float8_e8m0fnu, shaped like the tensor but ceil(length / 32) along `axis`."""
     shape: torch.Size
@@ -38,8 +40,10 @@ class MXTensor:
     element: Element
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values, in `shape`. fp32 and bf16 hold them exactly; beyond the range of `dtype` they saturate at its
-        largest number. Groups with scale 0xFF are NaN."""
+        """The values, in `shape`. fp32 and bf16 hold them exactly; values beyond the range of `dtype` saturate.
+
+        Groups with the scale 0xFF are NaN.
+        """
         if not self.shape:
             rows_shape, length = torch.Size(), 1
         else:
@@ -68,12 +72,12 @@ def quantize_mx(
     """Quantize `x` in groups of 32 along `axis` (OCP MX v1.0; paper sections 3.2 and 5).
 
     `x` may have any shape, strides and floating dtype; float64 is rounded to fp32 first. The last group of an axis
-    may be shorter than 32. Stochastic rounding, and no other, takes its bits from `key`, one int64 on the device of
-    `x`; without it a key is drawn from `generator` or from the device's default generator. `ema`, shaped like `x`, is
-    the moving average that `rounding="ema"` rounds towards. A group that holds NaN or Inf becomes NaN.
+    may be shorter than 32. Only stochastic rounding draws random bits. It derives them from `key`, one int64 on the
+    device of `x`; without a key, it draws one from `generator` or from the device's default generator. `ema`, shaped
+    like `x`, is the moving average that `rounding="ema"` rounds towards. A group that holds NaN or Inf becomes NaN.
 
-    Raises TypeError for a tensor that is not floating-point, IndexError for an axis out of range, ValueError for an
-    unknown element, scaling or rounding, and where `key` or `ema` does not fit the rounding.
+    Raises TypeError for a tensor that is not floating-point, IndexError for an axis out of range, and ValueError for an
+    unknown element, scaling or rounding, or if `key` or `ema` does not fit the tensor and the rounding.
     """
     if not x.is_floating_point():
         raise TypeError(f"quantize_mx needs a floating-point tensor, got {x.dtype}; convert it with .float()")

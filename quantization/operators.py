@@ -1,11 +1,11 @@
-"""The quantizers as operators of PyTorch: what a graph of torch.compile calls.
+"""The quantizers as operators of PyTorch, which graphs of torch.compile call.
 
-The compiler knows the shapes that an operator returns and nothing of what happens inside, so it has no kernel to
-analyse at each of some hundred launches, which is most of what compiling a model took. The functions are those of
-`reference.py` and `kernels.py`, one of which does the work.
+The compiler sees each operator as opaque and knows only the shapes of its results. So it need not analyse a kernel at
+each of some hundred launches, which took most of the time of compiling a model. The functions are those of
+`reference.py` and `triton/kernels.py`, one of which does the work.
 
-The one exception is `largest_magnitude`, a plain maximum: spelled out in PyTorch's own operations, the compiler takes
-it along in the kernel that makes the tensor, if its rows are not too long.
+The one exception is `largest_magnitude`, the amax: it is written in PyTorch's own operations, which the compiler fuses
+into the kernel that makes the tensor, if the tensor's rows are not too long.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from .reference import TORCH_FP8, Operand, Packed, Quantized
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# The compiler holds rows up to this length in registers. It goes over longer ones twice: in a DeiT-B on an H200 a GELU
-# and its maximum took 182 us that way, 154 us apart.
-_WIDEST_ROW = 1024
+# The compiler holds rows up to this length in registers. It reads longer ones twice: in a DeiT-B on an H200, a GELU
+# fused with its amax took 182 us, and 154 us in two kernels.
+_LONGEST_FUSED_ROW = 1024
 
 
 def largest_magnitude(x_RL: Tensor) -> Tensor:
-    """`reference.largest_magnitude`. Of bf16 tensors the bits are rounded to bf16 once more, ties upwards.
+    """`reference.largest_magnitude`. The result for a bf16 tensor is rounded to bf16 once more, ties upwards.
 
-    That changes nothing, unless the compiler takes the maximum of numbers that it has yet to round.
+    That changes nothing, unless the compiler takes the amax of numbers that it has not yet rounded to bf16.
     """
-    if x_RL.shape[1] > _WIDEST_ROW or not x_RL.numel():
+    if x_RL.shape[1] > _LONGEST_FUSED_ROW or not x_RL.numel():
         return torch.ops.mxfp4.largest_magnitude(x_RL)
     bits = x_RL.to(torch.float32).view(torch.int32) & FP32_MAGNITUDE_MASK
-    # Row by row first, which goes into the kernel that makes the rows.
-    largest = torch.where(bits < FP32_EXPONENT_MASK, bits, 0).amax(dim=1).amax().view(1)
-    return rounded_to_bf16(largest) if x_RL.dtype == torch.bfloat16 else largest
+    # First the amax of each row, which is fused into the kernel that makes the rows.
+    amax = torch.where(bits < FP32_EXPONENT_MASK, bits, 0).amax(dim=1).amax().view(1)
+    return rounded_to_bf16(amax) if x_RL.dtype == torch.bfloat16 else amax
 
 
 def rounded_to_bf16(bits: Tensor) -> Tensor:
-    """Bits of finite fp32 magnitudes, int32, rounded to those of bf16: ties upwards, at most its largest number."""
+    """Round the bits of finite fp32 magnitudes, int32, to those of bf16: ties upwards, at most bf16's maximum."""
     return ((bits + 0x8000) & -0x10000).clamp(max=0x7F7F0000)
 
 
@@ -122,9 +122,9 @@ def _quantizer(names: list[str]) -> Quantizer | None:
 
 
 def backend(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
-    """`kernels` for a tensor on a GPU, else `reference`.
+    """`triton.kernels` for a tensor on a GPU, else `reference`.
 
-    The kernels write at most fp32 values; a result in float64 comes from the reference on every device.
+    The kernels write no float64 values, so results in float64 come from the reference on every device.
     """
     if tensor.is_cuda and HAS_TRITON and dtype != torch.float64:
         from .triton import kernels
@@ -133,7 +133,7 @@ def backend(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
     return reference
 
 
-# An operator that adds to one of its arguments returns a fixed number of tensors: empty ones where it has none.
+# A mutating operator must return a fixed number of tensors, so missing outputs are empty tensors.
 _LIBRARY = torch.library.Library("mxfp4", "FRAGMENT")
 _LIBRARY.define(
     "quantize(Tensor x, str[] how, Tensor? key, Tensor? ema, Tensor? ema_active, ScalarType? values_dtype, str? fp8, "
@@ -203,11 +203,11 @@ def _ceil_div(length: int, size: int) -> int:
 
 
 def _values_like(x: Tensor, rows: int, length: int, dtype: torch.dtype | None, fp8: str | None) -> tuple[Tensor, ...]:
-    """An operand and, with FP8, its scale."""
+    """An operand and its scale, which is empty without FP8."""
     if fp8 is None:
         return _tensors(x, None if dtype is None else x.new_empty(rows, length, dtype=dtype), None)
-    filled = _ceil_div(length, FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE
-    return x.new_empty(rows, filled, dtype=TORCH_FP8[Fp8(fp8)]), x.new_empty(1, dtype=torch.float32)
+    padded = _ceil_div(length, FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE
+    return x.new_empty(rows, padded, dtype=TORCH_FP8[Fp8(fp8)]), x.new_empty(1, dtype=torch.float32)
 
 
 @torch.library.register_fake("mxfp4::quantize", lib=_LIBRARY)

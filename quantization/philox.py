@@ -1,8 +1,8 @@
-"""Counter-based random bits: what an element receives is a function of a 64-bit key and of its index alone.
+"""Counter-based random bits: the bits of an element are a function of a 64-bit key and of its index alone.
 
-Philox-4x32-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011): one counter gives four
-32-bit words, here eight 16-bit draws. No state is kept, so a kernel, this file, a recomputation and a resumed run
-agree as soon as they hold the same key.
+The generator is Philox-4x32-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011). One counter
+gives four 32-bit words, here eight 16-bit draws. No state is kept, so a kernel, this file, a recomputation and a
+resumed run agree if they have the same key.
 
 Shapes: R rows, G groups in a row, E = 32 elements in a group.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 try:
     from torch._functorch.compile_utils import rand_ops
-except ImportError:  # a private list, which newer releases may not need
+except ImportError:  # the list is private, and newer releases may not need it
     rand_ops = []
 
 from .formats import GROUP_SIZE, RANDOM_BITS
@@ -35,7 +35,7 @@ def fresh_keys(count: int, device: torch.device, generator: torch.Generator | No
     """Draw `count` independent 64-bit keys, as int64 on `device`.
 
     They come from `generator`, or from PyTorch's default generator of `device`. Drawing on the device itself needs
-    no host synchronisation; whatever saves and restores that generator (activation checkpointing, a training
+    no host synchronisation. Code that saves and restores that generator (activation checkpointing, a training
     checkpoint) repeats the keys, and with them every rounding.
     """
     if generator is None:
@@ -47,10 +47,10 @@ def _randint(count: int, device: torch.device, generator: torch.Generator | None
     return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device, generator=generator)
 
 
-# Graphs of torch.compile would replace `randint` by a generator of their own; in an operator of ours the keys come from
-# PyTorch's generator there, too. The tag keeps two draws from being merged into one; in PyTorch 2.11, where all layers
-# would get the same keys in the backward pass, a list does. The low-level interface costs a fifth of
-# `torch.library.custom_op`'s time a call.
+# A graph of torch.compile would replace `randint` by a generator of its own. Inside an operator of ours, the keys come
+# from PyTorch's generator there, too. The tag keeps the compiler from merging two draws into one; PyTorch 2.11 needs
+# the entry in its list for that, or all layers would get the same keys in the backward pass. This low-level interface
+# takes a fifth of the time per call of `torch.library.custom_op`.
 _LIBRARY = torch.library.Library("mxfp4", "DEF")
 _LIBRARY.define("draw_keys(int count, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _LIBRARY.impl("draw_keys", _randint, "CompositeExplicitAutograd")
@@ -63,7 +63,7 @@ def _fake_keys(count: int, device: torch.device) -> Tensor:
 
 
 def philox(counter: Words, key: tuple[Integers, Integers]) -> Words:
-    """Philox-4x32-10. All words are 32-bit values in int64; tensors, numpy arrays and integers alike."""
+    """Philox-4x32-10. Tensors, numpy arrays or integers hold the words, 32-bit values in int64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -84,7 +84,7 @@ def group_bits(key: Tensor, rows: int, groups: int) -> Tensor:
     """
     index, key = torch.arange(rows * groups * COUNTERS_PER_GROUP, device=key.device), key.reshape(())
     use_numpy = key.device.type == "cpu" and not torch.compiler.is_compiling()
-    if use_numpy:  # numpy spends a fifth of PyTorch's time on small integer operations
+    if use_numpy:  # numpy takes a fifth of PyTorch's time for small integer operations
         index, key = index.numpy(), key.item()
     zero = index & 0
     words = philox((index & WORD_MASK, index >> 32, zero, zero), (key & WORD_MASK, (key >> 32) & WORD_MASK))

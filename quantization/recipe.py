@@ -1,20 +1,23 @@
-"""What is quantized, and how: a `Recipe` says it for the six quantizers of a linear layer."""
+"""A `Recipe` says what each of the six quantizers of a linear layer does, and if it is used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from .formats import Element, Rounding, Scaling
 
+PAPER_BETA = 0.998
+"""Q-EMA's decay by default (paper section 5)."""
+
 
 @dataclass(frozen=True)
 class Quantizer:
-    """One of Q1 .. Q6. Strings are accepted for the enums."""
+    """The settings of one of Q1 .. Q6. Strings are accepted for the enums."""
 
     enabled: bool = True
-    """False passes the operand through in the precision of the matmul."""
+    """If False, the operand passes through in the precision of the matmul."""
     element: Element = Element.E2M1
     scaling: Scaling = Scaling.TRUNCATION_FREE
     rounding: Rounding = Rounding.NEAREST
@@ -59,7 +62,7 @@ class Recipe:
     q6: Quantizer = field(default=_STOCHASTIC)
     """Q1(X), groups 32x1 along N, for dW."""
     double: bool = True
-    """Double quantization: Q4 and Q6 read Q2(W) and Q1(X). False: they read W and X themselves."""
+    """Double quantization: Q4 and Q6 read Q2(W) and Q1(X). If False, they read W and X themselves."""
     q_ema_beta: float | None = None
     """Decay of the weights' moving average if Q-EMA rounds them in Q2 (paper section 5), None for plain Q2."""
 
@@ -78,8 +81,8 @@ class Recipe:
         """False if every quantizer is off, so that the layer is an ordinary linear layer."""
         return any(getattr(self, name).enabled for name in QUANTIZERS)
 
-    def with_q_ema(self, beta: float = 0.998) -> Recipe:
-        """This recipe with Q-EMA in Q2; beta = 0.998 is the paper's default."""
+    def with_q_ema(self, beta: float = PAPER_BETA) -> Recipe:
+        """This recipe with Q-EMA in Q2."""
         return replace(self, q_ema_beta=beta)
 
     def with_quantizers(self, names: Iterable[str], **changes) -> Recipe:
@@ -90,14 +93,14 @@ class Recipe:
         return replace(self, **{name: replace(getattr(self, name), **changes) for name in _checked(names)})
 
     def with_only(self, names: Iterable[str]) -> Recipe:
-        """This recipe with all quantizers off but the named ones (paper Tables 1 and 6).
+        """This recipe with only the named quantizers on (paper Tables 1 and 6).
 
-        Raises ValueError for a name that is not one of q1 .. q6, and where Q-EMA would lose its Q2.
+        Raises ValueError for a name that is not one of q1 .. q6, and if Q2 would be off with Q-EMA on.
         """
         return self.with_quantizers(set(QUANTIZERS) - set(_checked(names)), enabled=False)
 
     def describe(self) -> str:
-        """One line: the recipe's name, or what its quantizers do where it has none."""
+        """One line: the recipe's name, or what its quantizers do if it has none."""
         plain = replace(self, q_ema_beta=None)
         text = next((name for name, recipe in RECIPES.items() if recipe == plain and name != "mxfp4"), None)
         if text is None:
@@ -116,7 +119,7 @@ def _checked(names: Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Int4Recipe:
-    """INT4 per tensor of Xi et al. 2023 (arXiv 2306.11987), the paper's other baseline: see `int4.py`.
+    """INT4 per tensor of Xi et al. 2023 (arXiv 2306.11987), the paper's other baseline: see `baselines/int4.py`.
 
     Raises ValueError for a block size that is not a power of two.
     """
@@ -124,7 +127,7 @@ class Int4Recipe:
     hadamard_size: int = 32
     """Largest block of the Hadamard transform; 1 for none."""
     sampling: bool = True
-    """Leverage-score sampling of half the rows of the split gradients. False: all of them."""
+    """Leverage-score sampling of half the rows of the split gradients. False keeps all rows."""
 
     def __post_init__(self) -> None:
         if self.hadamard_size < 1 or self.hadamard_size & (self.hadamard_size - 1):
@@ -137,6 +140,31 @@ class Int4Recipe:
     def describe(self) -> str:
         """One line."""
         return f"int4, hadamard_size={self.hadamard_size}, sampling={self.sampling}"
+
+
+_LAYERS: dict[type, type] = {}
+
+
+def layer_for(recipe_class: type) -> Callable[[type], type]:
+    """Class decorator: `swap_linears` builds the decorated layer for recipes of `recipe_class`, by its `from_linear`.
+
+    So a baseline brings its own layer, and neither it nor the MX layer imports the other.
+    """
+
+    def register(layer: type) -> type:
+        _LAYERS[recipe_class] = layer
+        return layer
+
+    return register
+
+
+def layer_class(recipe: Recipe | Int4Recipe) -> type:
+    """The layer that was registered for the class of `recipe`. Raises TypeError if there is none."""
+    for recipe_class, layer in _LAYERS.items():
+        if isinstance(recipe, recipe_class):
+            return layer
+    known = " or ".join(sorted(recipe_class.__name__ for recipe_class in _LAYERS))
+    raise TypeError(f"a recipe must be of the class {known}, got {recipe!r}; RECIPES holds the named ones")
 
 
 _TETRAJET = Recipe()

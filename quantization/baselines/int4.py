@@ -4,22 +4,23 @@
     dX = ([dY^] W^ where X was not clipped) H^T                                      section 4, bit splitting and
     dW = ([dY^]^T X^ where W was not clipped) H^T                                    leverage-score sampling
 
-H is block-diagonal, orthonormal and Sylvester's; it spreads outliers over their block. The step sizes sX and sW are
-learned (LSQ, Esser et al. 2020). dY^ is dY in two INT4 halves, an upper and a lower one, so 2N rows; [.] keeps N of
-them on average, those with large products more likely, and divides each by its probability. All of it is unbiased:
-E[dX] and E[dW] are the straight-through gradients of the quantized forward pass.
+H is a block-diagonal, orthonormal Hadamard matrix of Sylvester's kind; it spreads outliers over their block. The step
+sizes sX and sW are learned (LSQ, Esser et al. 2020). dY^ is dY split into two INT4 halves, an upper and a lower one,
+which makes 2N rows. [.] keeps N of them on average, preferably those with large products, and divides each by its
+probability. Both steps are unbiased: E[dX] and E[dW] are the straight-through gradients of the quantized forward pass.
 
-This simulates INT4 accuracy, not its speed: integers are multiplied in the precision of the model (bf16 holds every
-one of them exactly, but not a sampled row over its probability), and rows that are sampled away are multiplied as
-zeros, because gathering the others would make every step wait for the host.
+This file simulates INT4's accuracy, not its speed. Integers are multiplied in the precision of the model (bf16 holds
+each of them exactly, but not a sampled row over its probability). Rows that are not sampled are multiplied as zeros,
+because gathering the others would make every step wait for the host.
 
-Where it differs from the official code:
+It differs from the official code in three points:
 
-- Its Hadamard blocks are chosen for every layer by the error on the first batch, among 1, 2, ..., 1024. Here a block
-  is 32, their default, or the largest power of two below it that divides D.
-- Its halves are clipped to +-6, which biases values whose lower half rounds to +-7 and the largest gradients. Here
-  both reach +-7, so nothing is clipped and the split is unbiased, as the paper has it.
-- Its dW in simulation gives every non-zero row the probability 1, which is no sampling. Here dW is sampled like dX.
+- The official code chooses the size of the Hadamard blocks for every layer by the error on the first batch, among
+  1, 2, ..., 1024. Here a block is 32, their default, or the largest power of two below it that divides D.
+- The official code clips the halves to +-6, which biases values whose lower half rounds to +-7 and the largest
+  gradients. Here both reach +-7, so nothing is clipped and the split is unbiased, as in the paper.
+- The official simulation of dW gives every non-zero row the probability 1, which is no sampling. Here dW is sampled
+  like dX.
 
 Shape suffixes: N tokens (all leading axes folded), D input channels, C output channels.
 """
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..matmul import matmul_dtype, multiply, output_dtype
-from ..recipe import Int4Recipe
+from ..recipe import Int4Recipe, layer_for
 from ..reference import Operand
 
 LOWEST, HIGHEST = -8, 7  # INT4
@@ -59,7 +60,7 @@ def first_step_size(x: Tensor) -> Tensor:
 def split_bits(dy_NC: Tensor) -> tuple[Tensor, Tensor]:
     """dY as an upper and a lower half (section 4): integers in [-7, 7], fp32 [2, N, C], and their units, [2, 1, 1].
 
-    The lower unit is max|dY| / 98. The upper half is rounded to nearest, what it leaves stochastically.
+    The lower unit is the amax of dY over 98. The upper half is rounded to nearest, the rest stochastically.
     """
     dy_NC = dy_NC.float()
     unit = dy_NC.abs().amax().clamp_min(1e-30) * 2 / SPLIT_BASE**2
@@ -68,7 +69,7 @@ def split_bits(dy_NC: Tensor) -> tuple[Tensor, Tensor]:
     rest_NC = scaled_NC - SPLIT_BASE * upper_NC
     lower_NC = rest_NC.floor()
     lower_NC += torch.rand_like(rest_NC) < rest_NC - lower_NC
-    half = SPLIT_BASE // 2  # the quotients' rounding error must not lead further
+    half = SPLIT_BASE // 2  # the rounding error of the quotients must not lead beyond
     return torch.stack((upper_NC, lower_NC)).clamp_(-half, half), torch.stack((SPLIT_BASE * unit, unit)).view(2, 1, 1)
 
 
@@ -78,7 +79,7 @@ def sampling_probabilities(scores: Tensor, budget: int) -> Tensor:
     If no more than `budget` scores are positive, those get 1. A score of 0 gets 0.
     """
     shares = (scores / scores.amax()).flatten().double()
-    # In whole numbers, whose sum in fp64 does not depend on its order, so that a step can be repeated bit for bit.
+    # The sum of whole numbers in fp64 does not depend on its order, so that a step can be repeated bit for bit.
     descending = (shares * 2**30).round().sort(descending=True).values
     rest = descending.flip(0).cumsum(0).flip(0)
     left = budget - torch.arange(len(rest), device=rest.device)
@@ -90,8 +91,8 @@ def sampling_probabilities(scores: Tensor, budget: int) -> Tensor:
 def sample_rows(halves_2NC: Tensor, units: Tensor, weights_N: Tensor | None) -> Tensor:
     """An unbiased estimate of dY, [N, C], from N of the 2N rows of its halves on average (section 4).
 
-    A row's probability goes with its length times `weights_N`, the length of the row that it will be multiplied by;
-    None where one matrix multiplies all rows. No row is gathered, those left out are multiplied by 0.
+    A row's probability is proportional to its norm times `weights_N`, the norm of the row that it will be multiplied
+    by; `weights_N` is None if one matrix multiplies all rows. No row is gathered; those left out are multiplied by 0.
     """
     scores_2N = halves_2NC.norm(dim=-1) * units.squeeze(-1)
     if weights_N is not None:
@@ -103,7 +104,7 @@ def sample_rows(halves_2NC: Tensor, units: Tensor, weights_N: Tensor | None) -> 
 
 
 class _Int4Matmul(torch.autograd.Function):
-    """X^ W^^T in fp32 from X H, W H and the step sizes, with LSQ's gradient for the latter."""
+    """X^ W^^T in fp32 from X H, W H and the step sizes, for which the backward pass returns LSQ's gradient."""
 
     @staticmethod
     def forward(ctx, x_ND: Tensor, w_CD: Tensor, x_step: Tensor, w_step: Tensor, dtype: torch.dtype, sampling: bool):
@@ -140,17 +141,18 @@ def _to_int4(scaled: Tensor) -> Tensor:
 
 
 def _through_lsq(gradient: Tensor, scaled: Tensor, integers: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the tensor and of its step size from that of the quantized tensor (LSQ, Esser et al. 2020)."""
+    """Gradients of the tensor and of its step size from the quantized tensor's (LSQ, Esser et al. 2020)."""
     inside = (scaled >= LOWEST) & (scaled <= HIGHEST)
     per_step = torch.where(inside, integers - scaled, integers)
     return torch.where(inside, gradient, 0), (gradient * per_step).sum() * (HIGHEST * scaled.numel()) ** -0.5
 
 
+@layer_for(Int4Recipe)
 class Int4Linear(nn.Linear):
-    """Drop-in for `nn.Linear` whose matmuls run in simulated INT4.
+    """A drop-in for `nn.Linear` whose matmuls run in simulated INT4.
 
-    `weight` and `bias` keep their names; `input_step` and `weight_step` are fp32 scalar parameters, of which the
-    absolute value counts. `weight_step` starts from the weight, also if a checkpoint without step sizes is loaded;
+    `weight` and `bias` keep their names; `input_step` and `weight_step` are fp32 scalar parameters, whose absolute
+    values are the step sizes. `weight_step` starts from the weight, also if a checkpoint without step sizes is loaded;
     `input_step` suits an input of unit variance until `initialise_steps` has seen a batch.
     """
 
@@ -171,7 +173,7 @@ class Int4Linear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: Int4Recipe) -> Int4Linear:
-        """A layer that shares the parameters of `linear`."""
+        """Make a layer that shares the parameters of `linear`."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta", recipe=recipe)
         layer.weight, layer.bias = linear.weight, linear.bias
         layer._start_steps()
@@ -184,7 +186,7 @@ class Int4Linear(nn.Linear):
         self.weight_step = nn.Parameter(first_step_size(self.transformed(self.weight)))
 
     def transformed(self, x: Tensor) -> Tensor:
-        """x H in fp32, over the last axis: what is quantized of an input or of the weight."""
+        """x H in fp32, over the last axis: the tensor that is quantized for an input or for the weight."""
         return hadamard_transform(x.float(), self.block)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,7 +219,7 @@ class Int4Linear(nn.Linear):
 def initialise_steps(model: nn.Module, *inputs: Tensor) -> None:
     """Set every step size from one forward pass of `model(*inputs)`, layer after layer, in eval mode.
 
-    Call it once before training, and before DistributedDataParallel, which then gives every process the same.
+    Call it once before training, and before DistributedDataParallel, which then gives all processes the same sizes.
     """
 
     def start(layer: Int4Linear, args: tuple[Tensor, ...]) -> None:
@@ -228,7 +230,7 @@ def initialise_steps(model: nn.Module, *inputs: Tensor) -> None:
     hooks = [layer.register_forward_pre_hook(start) for layer in layers]
     training = model.training
     try:
-        model.eval().forward(*inputs)  # not the graph of a compiled model, which has no hooks
+        model.eval().forward(*inputs)  # `forward`, because the graph of a compiled model has no hooks
     finally:
         model.train(training)
         for hook in hooks:

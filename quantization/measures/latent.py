@@ -1,7 +1,8 @@
-"""Latent weights: where they lie between the thresholds of their quantizer (paper section 4 and appendix A).
+"""Positions of single weights between the thresholds of their quantizer (paper section 4 and appendix A).
 
-The latent weight is w/S: the master weight on the scale of its group. Its quantization confidence is small next to a
-decision threshold of nearest rounding, where a small update flips the quantized weight.
+The latent weight is w/S: the master weight over the scale of its group. Its quantization confidence is small near a
+decision threshold of nearest rounding, where a small update flips the quantized weight. This file looks at the weights
+of one moment; `oscillation.py` follows them over steps.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ def latent_weight(weight_CD: Tensor, quantizer: Quantizer) -> Tensor:
 def confidence(latent: Tensor, element: Element | str) -> Tensor:
     """Distance of each w/S to the nearest decision threshold, over the largest distance in its cell: in [0, 1].
 
-    The cell is that of nearest rounding. The outermost one ends at Qp; what floor scaling leaves beyond saturates, and
-    counts as 1. Shaped like `latent`.
+    The cells are those of nearest rounding. The outermost one ends at Qp; values that floor scaling leaves beyond it
+    saturate and count as 1. The result has the shape of `latent`.
     """
     fmt = Element(element).format
     thresholds = fmt.thresholds
-    largest = (thresholds[0], *((high - low) / 2 for low, high in pairwise(thresholds)), fmt.max - thresholds[-1])
-    # Zero's cell reaches over to the negative side, so its lower threshold is never the nearer one.
-    low, high, largest = (
-        latent.new_tensor(bounds) for bounds in ((-torch.inf, *thresholds), (*thresholds, torch.inf), largest)
+    farthest = (thresholds[0], *((high - low) / 2 for low, high in pairwise(thresholds)), fmt.max - thresholds[-1])
+    # The cell of zero extends to the negative side, so its lower threshold is never the nearer one.
+    low, high, farthest = (
+        latent.new_tensor(bounds) for bounds in ((-torch.inf, *thresholds), (*thresholds, torch.inf), farthest)
     )
     magnitude = latent.abs()
     cell = torch.bucketize(magnitude, high[:-1])
-    return (torch.minimum(magnitude - low[cell], high[cell] - magnitude) / largest[cell]).clamp_(max=1)
+    return (torch.minimum(magnitude - low[cell], high[cell] - magnitude) / farthest[cell]).clamp_(max=1)
 
 
 def histogram(values: Tensor, low: float, width: float, bins: int) -> Tensor:
-    """How many values lie in each bin [low + i width, low + (i + 1) width), int64 [bins].
+    """The number of values in each bin [low + i width, low + (i + 1) width), int64 [bins].
 
-    Values outside count in the first or last bin, NaN and Inf nowhere. `low` must be a multiple of `width`; if that is
-    a power of two, no value lands in a neighbour's bin.
+    Values outside count in the first or last bin; NaN and Inf count in none. `low` must be a multiple of `width`; if
+    that is a power of two, no value lands in a neighbour's bin.
     """
     finite = values[values.isfinite()]
     index = (finite / width).floor().long() - round(low / width)

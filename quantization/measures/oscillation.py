@@ -1,7 +1,11 @@
-"""How weights move over training steps, before and after their quantizer (paper sections 4 and 6).
+"""Measures how weights move over training steps, before and after their quantizer (paper sections 4 and 6).
 
-Q2(W) is `layer.quantized_weight()` here: what the forward pass uses at that moment, Q-EMA included. Q-Ramping's
-detection is about plain rounding and measures within `plain_rounding(model)`.
+This file computes paths, rates of change and oscillation ratios from weights. `tracking/laboratory.py` calls it in a
+training run with `--track-oscillation`, and `tracking/oscillation_csv.py` reads and writes the file of its results;
+Q-Ramping and OsciReset use the ratios to decide.
+
+Q2(W) is `layer.quantized_weight()`, the weight that the forward pass uses at that moment, Q-EMA included. Q-Ramping's
+detection studies plain rounding, so it measures within `plain_rounding(model)`.
 """
 
 from __future__ import annotations
@@ -13,31 +17,31 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import Rounding
-from ..linear import QuantLinear, quant_linears
+from ..linear import QuantLinear
 from ..shards import local
+from ..swap import quant_linears
 from .latent import group_scales
 
 OSCILLATION_THRESHOLD = 16  # a weight oscillates if its ratio exceeds this (paper section 6)
 
 
 def rate_of_change(before: Tensor, after: Tensor) -> Tensor:
-    """||after - before||_F / ||before||_F (paper section 4), a scalar; 0 where nothing moved, Inf for a way from 0."""
+    """||after - before||_F / ||before||_F (paper section 4), a scalar; 0 if nothing moved, else Inf if before is 0."""
     distance = torch.linalg.vector_norm(after - before)
     return torch.where(distance == 0, 0, distance / torch.linalg.vector_norm(before))
 
 
 def oscillation_ratio(weight_path: Tensor, quantized_path: Tensor) -> Tensor:
-    """R_w of every element, from the path lengths of w and of Q2(w); 0 where the weight did not move."""
+    """R_w of every element, from the path lengths of w and of Q2(w); 0 if the weight did not move."""
     return torch.where(weight_path > 0, quantized_path / weight_path, 0)
 
 
 class PathLength:
-    """How long the way of a tensor's elements is, from `start` over one position a step, all in fp32."""
+    """Path length per element: the sum of |x_t - x_(t-1)| over the steps since `start`, in fp32."""
 
     def __init__(self, start: Tensor) -> None:
         self.last = start.detach().to(torch.float32, copy=True)
         self.length = torch.zeros_like(self.last)
-        """Sum of |x_t - x_(t-1)|, element by element."""
 
     @torch.no_grad()
     def add(self, position: Tensor) -> None:
@@ -46,7 +50,7 @@ class PathLength:
 
 
 class TensorPath(PathLength):
-    """The same, and how fast the tensor as a whole goes that way."""
+    """Path length per element, and the mean rate of change of the tensor as a whole."""
 
     def __init__(self, start: Tensor) -> None:
         super().__init__(start)
@@ -64,7 +68,7 @@ class TensorPath(PathLength):
         return self._rates / self.steps
 
     def state_dict(self) -> dict:
-        """What the path has come to, so that it can go on elsewhere."""
+        """The path so far, so that another object can continue it."""
         return {"last": self.last, "length": self.length, "rates": self._rates, "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
@@ -75,28 +79,28 @@ class TensorPath(PathLength):
 
 
 class PathLengths:
-    """Path lengths of every quantized weight W and of Q2(W), element by element, over the steps between `record`s.
+    """Path lengths of every quantized weight W and of Q2(W), per element; `record` adds one step.
 
-    The oscillation ratio R_w = sum |q_t - q_(t-1)| / sum |w_t - w_(t-1)| of an element that crosses a rounding
-    threshold back and forth is large: its latent weight hardly moves, its quantized weight jumps a whole step.
+    The oscillation ratio R_w = sum |q_t - q_(t-1)| / sum |w_t - w_(t-1)| is large for an element that crosses a
+    rounding threshold back and forth: its latent weight hardly moves, but its quantized weight jumps a whole step.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """The present weights are where the paths start."""
+        """Start the paths at the present weights."""
         self._layers = list(quant_linears(model).values())
         self._weights = [PathLength(local(layer.weight)) for layer in self._layers]
         self._quantized = [PathLength(layer.quantized_weight()) for layer in self._layers]
 
     def record(self) -> None:
-        """Add the way from the weights of the last call to the present ones."""
+        """Add the distance between the weights of the last call and the present ones."""
         for layer, weight, quantized in zip(self._layers, self._weights, self._quantized):
             weight.add(local(layer.weight))
             quantized.add(layer.quantized_weight())
 
     def ratios(self) -> dict[nn.Parameter, Tensor]:
-        """R_w of every element by weight, fp32 in the weight's shape; 0 where the weight did not move.
+        """R_w of every element by weight, fp32 in the weight's shape; 0 if the element did not move.
 
-        Of a weight that is sharded, this process's rows.
+        The ratios are those of this process's rows if a weight is sharded.
         """
         return {
             layer.weight: oscillation_ratio(weight.length, quantized.length)
@@ -104,7 +108,7 @@ class PathLengths:
         }
 
     def state_dict(self) -> dict[str, list[Tensor]]:
-        """Where the paths are and how long they were, so that the recording can go on elsewhere."""
+        """Last positions and lengths of the paths, so that another object can continue them."""
         paths = [*self._weights, *self._quantized]
         return {"last": [path.last for path in paths], "length": [path.length for path in paths]}
 
@@ -116,7 +120,7 @@ class PathLengths:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One weight over a window: as many positions as steps, and one more for the start."""
+    """The positions of one weight at the start of a window and after each of its steps."""
 
     layer: str
     row: int
@@ -130,13 +134,13 @@ class Trajectory:
 
 
 class OscillationWindow:
-    """Follows linear layers over some steps of training: from the weights at construction to those at each `record`.
+    """Follows linear layers over some steps of training, from the weights at construction to those at each `record`.
 
     Layers without Q2 (`nn.Linear`, or a recipe that switches it off) have paths of W only. A few rows of each weight,
-    spread evenly, are kept at every step, as candidates for trajectories. Nothing waits for the device until results
-    are asked for.
+    spread evenly, are kept at every step, as candidates for trajectories. Recording does not wait for the device;
+    reading results does.
 
-    Raises ValueError for a stochastic Q2, which would draw random numbers that training misses.
+    Raises ValueError for a stochastic Q2, because measuring it would draw random numbers and so change the training.
     """
 
     def __init__(self, layers: Mapping[str, nn.Linear], candidate_rows: int = 4) -> None:
@@ -162,12 +166,12 @@ class OscillationWindow:
 
     @property
     def steps(self) -> int:
-        """Steps recorded."""
+        """The number of steps recorded."""
         return next(iter(self.weights.values())).steps
 
     @torch.no_grad()
     def record(self) -> None:
-        """Call after a step (after the moving averages of Q-EMA, too)."""
+        """Call after every step, and after Q-EMA's update if there is one."""
         for name, layer in self.layers.items():
             self.weights[name].add(layer.weight)
         for name, layer in self.quantized_layers.items():
@@ -189,7 +193,7 @@ class OscillationWindow:
         }
 
     def state_dict(self) -> dict:
-        """What was recorded, so that the window can go on elsewhere."""
+        """Everything that was recorded, so that another window can continue it."""
         return {
             "weights": {name: path.state_dict() for name, path in self.weights.items()},
             "quantized": {name: path.state_dict() for name, path in self.quantized.items()},
@@ -205,7 +209,7 @@ class OscillationWindow:
             self._candidates[name] = list(state["candidates"][name].to(device).unbind())
 
     def trajectories(self, count: int) -> list[Trajectory]:
-        """The `count` candidates with the largest R_w, the largest first."""
+        """The `count` candidates with the largest R_w, in descending order."""
         best = []
         for name, ratios in self.ratios().items():
             rows, columns = self._rows[name], ratios.shape[1]

@@ -1,4 +1,4 @@
-"""Q-Ramping: weights that oscillate are updated less often, on more data (paper section 6, Algorithm 2).
+"""Q-Ramping updates weights that oscillate less often and on more data (paper section 6, Algorithm 2).
 
 `detect_oscillation` measures how much every quantized weight oscillates, `update_periods` turns that into a period
 N_w for each of its elements, and `RampingAdamW` updates the element every N_w steps with the mean gradient of these
@@ -15,11 +15,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..adamw_update import Scalars, Update
 from ..measures.oscillation import PathLengths
 from ..operators import HAS_TRITON
-from ..remedies.q_ema import plain_rounding
 from ..shards import local, sharded_like
-from .adamw import Scalars, Update
+from ..swap import plain_rounding
 from .snapshot import rewound
 from .step_count import count_steps
 
@@ -34,7 +34,9 @@ Batch = TypeVar("Batch")
 class RampingAdamW(torch.optim.Optimizer):
     """AdamW in which every element of a parameter may have a period of its own.
 
-    With c the gradients accumulated in a since an element's last update, and N its period, every step does:
+    `lr`, `betas`, `eps` and `weight_decay` mean the same as in `torch.optim.AdamW`, and have the same defaults.
+
+    Let N be an element's period, and c the number of gradients accumulated in a since its last update. Every step does:
 
         decay:       w <- w (1 - lr * weight_decay)
         accumulate:  a <- a + g,  c <- c + 1                        not for a non-finite g
@@ -47,10 +49,10 @@ class RampingAdamW(torch.optim.Optimizer):
     Parameters without periods have N = 1; with N = 1 everywhere this is `torch.optim.AdamW`. Parameter groups are
     the usual ones (timm's weight-decay groups included). Periods, accumulators and counters are part of
     `state_dict`. They are kept in the parameter's dtype because `Optimizer.load_state_dict` casts all state to it.
-    Of a sharded parameter every process updates its rows, and all its state is sharded alike.
+    Every process updates its rows of a sharded parameter, whose state is sharded likewise.
 
-    A whole step can be called off on the device: with an attribute `found_inf`, a scalar, `step` changes nothing,
-    weight decay and step count included, where that is 1 (the fused optimizers of PyTorch read it as well).
+    The device can skip a whole step: if the optimizer has an attribute `found_inf`, a scalar, and its value is 1,
+    `step` changes nothing, neither by weight decay nor in the step count. PyTorch's fused optimizers read it as well.
 
     Raises ValueError for a learning rate, weight decay or eps below 0 and for betas outside [0, 1).
     """
@@ -72,10 +74,10 @@ class RampingAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def set_periods(self, periods: dict[Tensor, Tensor]) -> None:
-        """Give parameters new periods: positive integers in the parameter's shape. Running counters go on.
+        """Give parameters new periods: positive integers in the parameter's shape. Running counters continue.
 
         A sharded parameter gets the periods of this process's rows.
-        Raises ValueError, and changes nothing, for a parameter that is not the optimizer's or in half precision (its
+        Raises ValueError, and changes nothing, for a parameter of another optimizer or in half precision (whose
         counters could not count), a wrong shape, or a period that is not a whole number of at least 1.
         """
         own = {p for group in self.param_groups for p in group["params"]}
@@ -97,7 +99,7 @@ class RampingAdamW(torch.optim.Optimizer):
                 state["grad_sum"], state["grad_count"] = torch.zeros_like(p), torch.zeros_like(p)
 
     def clear_periods(self) -> None:
-        """Drop all periods and what was accumulated under them: plain AdamW from the next step on."""
+        """Drop all periods and accumulated gradients: the next step is one of plain AdamW."""
         for state in self.state.values():
             for name in ("period", "grad_sum", "grad_count"):
                 state.pop(name, None)
@@ -124,14 +126,14 @@ class RampingAdamW(torch.optim.Optimizer):
         return loss
 
     def _updates(self, skip: Tensor | None) -> Iterator[Update]:
-        """Counts the step of every parameter that has a gradient, and says how to update it."""
+        """Counts the step of every parameter that has a gradient, and yields its update."""
         found = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p, _ in found:
             state = self.state[p]
             if "exp_avg" not in state:
                 state["step"] = torch.zeros((), device=p.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            state["step"] = state["step"].to(p.device)  # a loaded one may be elsewhere
+            state["step"] = state["step"].to(p.device)  # a loaded step may be on another device
         for (p, group), (correction, step_size) in zip(found, self._bias_corrections(found, skip)):
             state, lr, (beta1, beta2) = self.state[p], group["lr"], group["betas"]
             scalars = Scalars(
@@ -148,9 +150,9 @@ class RampingAdamW(torch.optim.Optimizer):
             yield Update(local(p), local(p.grad), *states, scalars)
 
     def _bias_corrections(self, found: list[tuple[Tensor, dict]], skip: Tensor | None) -> Iterator[tuple]:
-        """Counts the step, unless `skip`; sqrt(1 - beta2**step) and -lr / (1 - beta1**step) of every parameter.
+        """Counts the step, unless `skip` is 1; yields sqrt(1 - beta2**step), -lr / (1 - beta1**step) per parameter.
 
-        On a GPU, which alone knows how many steps were skipped, they are fp64 scalars there.
+        On a GPU they are fp64 scalars there, because the host does not know how many steps were skipped.
         """
         if not found:
             return iter(())
@@ -167,7 +169,7 @@ class RampingAdamW(torch.optim.Optimizer):
 
 
 def step_parameter(update: Update, skip: Tensor | None = None) -> None:
-    """One parameter's update in plain PyTorch, in place. Nothing changes where `skip` is not 0.
+    """Apply one parameter's update in plain PyTorch, in place. Nothing changes if `skip` is not 0.
 
     Every operation rounds once, to the same bits on every processor: + - * / of fp32, and a square root taken in fp64.
     """
@@ -184,18 +186,20 @@ def step_parameter(update: Update, skip: Tensor | None = None) -> None:
 
     new_m = m + (gradient - m) * s.weight1
     new_v = v * s.beta2 + s.weight2 * gradient * gradient
-    # A tensor, for on a GPU PyTorch divides by a number as it multiplies by the reciprocal, which rounds twice.
+    # The correction must be a tensor: on a GPU, PyTorch divides by a number by multiplying with its reciprocal, which
+    # rounds twice.
     correction = s.correction
     if not isinstance(correction, Tensor):
         correction = torch.full((), correction, dtype=torch.float64, device=p.device)
     # PyTorch's fp32 sqrt on AMD processors is one unit off in a fifth of all values. The error of an fp64 root vanishes
-    # in the rounding to fp32: no root of an fp32 number comes nearer than 2^-50 (relative) to a rounding boundary.
+    # when it is rounded to fp32, because no root of an fp32 number lies nearer than 2^-50 (relative) to a rounding
+    # boundary.
     root_of_v = new_v.double().sqrt().to(new_v.dtype)
     denominator = root_of_v / correction + s.eps
     numerator = new_m if period is None else new_m * count
     new_p = p + numerator * s.step_size / denominator
 
-    # `where`, not indexing: a boolean index on a GPU waits for the host to learn its size.
+    # `where` instead of a boolean index, whose size the host would have to wait for.
     for old, new in ((m, new_m), (v, new_v), (p, new_p)):
         old.copy_(torch.where(due, new, old))
     if period is not None:
@@ -210,12 +214,12 @@ def detect_oscillation(
     loader: Iterable[Batch],
     steps: int = 30,
 ) -> dict[nn.Parameter, Tensor]:
-    """Oscillation ratio R_w of every quantized weight that `optimizer` trains.
+    """Measure the oscillation ratio R_w of every quantized weight that `optimizer` trains.
 
-    It is measured over `steps` steps of plain AdamW from the present state.
-    `train_step(batch)` does one step of forward, backward and `optimizer.step()` on `model`, which rounds its weights
-    plainly meanwhile, also where Q-EMA is on. `loader` is gone round again if it is shorter than `steps`. Afterwards
-    model, optimizer and random generators are as if nothing had happened; give `loader` an order of its own.
+    The measurement takes `steps` steps of plain AdamW from the present state. `train_step(batch)` does one step of
+    forward, backward and `optimizer.step()` on `model`, which meanwhile rounds its weights plainly, even if Q-EMA is
+    on. A `loader` that is shorter than `steps` is repeated. Afterwards model, optimizer and random generators are as
+    if nothing had happened; give `loader` an order of its own.
 
     Raises ValueError for a loader without a batch and for fewer than one step.
     """
@@ -234,7 +238,7 @@ def detect_oscillation(
 def update_periods(
     ratios: dict[nn.Parameter, Tensor], k1: float, k2: int, max_period: int
 ) -> dict[nn.Parameter, Tensor]:
-    """N_w = min(k2 * floor(R_w / k1) + 1, max_period) for every element.
+    """The period N_w = min(k2 * floor(R_w / k1) + 1, max_period) of every element.
 
     Raises ValueError unless k1 is positive, k2 is not negative and max_period is at least 1.
     """

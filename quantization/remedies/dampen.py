@@ -1,7 +1,7 @@
-"""Dampening: a loss that pulls every weight towards what it is rounded to.
+"""Dampening adds a loss that pulls every weight towards its quantized value.
 
-Oscillation dampening of Nagel et al. 2022, *Overcoming Oscillations in Quantization-Aware Training* (arXiv
-2203.11086); the paper compares with it in Tables 3 and 4:
+It is the oscillation dampening of Nagel et al. 2022, *Overcoming Oscillations in Quantization-Aware Training* (arXiv
+2203.11086), with which the paper compares in Tables 3 and 4:
 
     L = L_task + lambda(t) * sum over layers of R(W - Q2(W)),    Q2(W) without gradient
 """
@@ -13,26 +13,26 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from ..linear import plain_weight_linears
 from ..optim.step_count import StepCount
+from ..swap import plain_weight_linears
 from .schedule import cosine
 
 
 class Reduction(str, Enum):
-    """R for a layer's difference D_CD = W - Q2(W)."""
+    """The function R of a layer's difference D_CD = W - Q2(W)."""
 
     SUM = "sum"
-    """||D||_F^2, as TetraJet's paper writes it."""
+    """||D||_F^2, as in TetraJet's paper."""
     KERNEL_MEAN = "kernel_mean"
-    """||D||_F^2 over the number of input channels, Nagel et al.'s sum over output channels of means."""
+    """||D||_F^2 over the number of input channels: the sum over output channels of means of Nagel et al."""
 
 
 class Dampen(StepCount):
     """Adds the gradient of the dampening loss, 2 lambda (W - Q2(W)) or that over D, to the weights' gradients.
 
-    The gradient is added after the backward pass, not the loss before it: the same update, without another graph, and
-    the same on all processes. The loss that a run reports is the task's alone. lambda is 0 for a quarter of the run and
-    then goes along a cosine to `weight`.
+    It adds this gradient after the backward pass, instead of adding the loss before it. The update is the same, needs
+    no second graph, and is equal on all processes. The loss that a run reports is the loss of the task alone. lambda
+    is 0 for a quarter of the run and then follows a cosine to `weight`.
     Nagel et al. clip W to the range of the grid first. Truncation-free scaling leaves nothing to clip; with floor
     scaling, weights beyond the grid are pulled into it.
 
@@ -51,7 +51,7 @@ class Dampen(StepCount):
 
     @property
     def present_weight(self) -> float:
-        """lambda(t) of the coming step."""
+        """lambda(t) of the next step."""
         return cosine(self.step, self.total_steps, 0.0, self.weight) or 0.0
 
     @torch.no_grad()
@@ -63,15 +63,15 @@ class Dampen(StepCount):
         for layer in self.layers:
             if layer.weight.grad is not None:
                 share = factor if self.reduction is Reduction.SUM else factor / layer.in_features
-                # Two operations: `add_` with an alpha rounds once or twice, depending on the processor.
+                # Two operations, because `add_` with an alpha rounds once or twice, depending on the processor.
                 layer.weight.grad.add_((layer.weight - layer.quantized_weight()).mul_(share))
 
     def update(self, skip: Tensor | None = None) -> None:
-        """Call once after every optimizer step. One that was skipped, `skip` 1 on the device, does not count."""
+        """Call once after every optimizer step. A skipped one, for which `skip` is 1 on the device, does not count."""
         self.count(skip)
 
     def numbers(self) -> dict[str, float]:
-        """For the log."""
+        """The numbers for the log."""
         return {"dampen_weight": self.present_weight}
 
     def state_dict(self) -> dict:

@@ -1,18 +1,18 @@
-"""Iterative freezing: a weight that oscillates too often stays where it was on average.
+"""Iterative freezing keeps a weight that oscillates too often at its average.
 
-Iterative weight freezing of Nagel et al. 2022, *Overcoming Oscillations in Quantization-Aware Training* (arXiv
-2203.11086), Algorithm 1; the paper compares with it in Table 4. For the code c of every weight, an integer from -7 to
-7, after every optimizer step:
+It is the iterative weight freezing of Nagel et al. 2022, *Overcoming Oscillations in Quantization-Aware Training*
+(arXiv 2203.11086), Algorithm 1, with which the paper compares in Table 4. After every optimizer step it computes, for
+the code c of every weight, an integer from -7 to 7:
 
     o = 1 if c changed, and in the direction opposite to its last change, else 0
     f <- m o + (1 - m) f,    c_mean <- m c + (1 - m) c_mean
     where f > threshold(t): freeze for good at round(c_mean)
 
-Tracked are codes, as there. What is frozen is the *value*, round(c_mean) times the group's scale of that moment. In MX
-a scale follows from the largest weight of its group, so a frozen code would not hold still: its value doubles or
-halves with the scale, and a group whose largest weight is frozen at less than its present code would shrink its own
-scale. The value is a point of the grid, and of every finer one; should the group's scale grow later, because a weight
-that is not frozen grew beyond it, the forward pass rounds the frozen value to the coarser grid.
+Freezing tracks codes, like Nagel et al., but it freezes a *value*: round(c_mean) times the group's scale of that
+moment. In MX a scale follows from the amax of its group, so a weight with a frozen code would still move: its value
+doubles or halves with the scale, and a group whose largest weight is frozen at less than its present code would shrink
+its own scale. The frozen value is a point of the grid, and of every finer one. If the group's scale grows later,
+because a weight that is not frozen grew, the forward pass rounds the frozen value to the coarser grid.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import GROUP_SIZE, MAX_MAGNITUDE_CODE, SIGN_CODE
-from ..linear import QuantLinear, plain_weight_linears
+from ..linear import QuantLinear
 from ..mx import quantize_mx
 from ..optim.step_count import StepCount
+from ..swap import plain_weight_linears
 from .q_ema import lerp_unless
 from .schedule import cosine
 
@@ -35,7 +36,7 @@ FIRST_THRESHOLD = 0.1  # where the threshold's cosine starts
 
 @dataclass
 class _Track:
-    """What is remembered of one weight [C, D]; all tensors have its shape and are written in place."""
+    """The state of one weight [C, D]; all tensors but the last have its shape and are written in place."""
 
     layer: QuantLinear
     codes: Tensor  # int8
@@ -52,12 +53,12 @@ class _Track:
 class Freeze(StepCount):
     """Tracks every quantized weight and freezes those that oscillate, by writing their value after every step.
 
-    That is a gradient of 0 for them, and the layer needs no other forward pass: a model with frozen weights is an
-    ordinary one. The first quarter of the run is tracked only, then the threshold goes along a cosine from 0.1 to
+    This acts like a gradient of 0, and the layer needs no other forward pass: a model with frozen weights is an
+    ordinary one. In the first quarter of the run nothing freezes; then the threshold follows a cosine from 0.1 to
     `threshold`.
 
-    Raises ValueError for a threshold above 0.1 or below twice the momentum, where a single oscillation would freeze,
-    for fewer than one step, and for a model that does not round weights plainly.
+    Raises ValueError for a threshold above 0.1, for one below twice the momentum (a single oscillation would freeze a
+    weight), for fewer than one step, and for a model that does not round weights plainly.
     """
 
     @torch.no_grad()
@@ -79,21 +80,21 @@ class Freeze(StepCount):
             )
 
     def threshold_after(self, step: int) -> float:
-        """Infinite as long as nothing freezes."""
+        """The threshold after so many steps; it is infinite in the first quarter of the run."""
         threshold = cosine(step, self.total_steps, FIRST_THRESHOLD, self.threshold)
         return float("inf") if threshold is None else threshold
 
     @torch.no_grad()
     def update(self, skip: Tensor | None = None) -> None:
-        """Call once after every optimizer step. One that was skipped, `skip` 1 on the device, leaves all as it is."""
+        """Call once after every optimizer step. A skipped one, for which `skip` is 1 on the device, changes nothing."""
         threshold = self.threshold_after(self.step + 1)
         self.count(skip)
         for track in self._tracks:
             weight, frozen = track.layer.weight, track.frozen
-            weight.copy_(torch.where(frozen.isnan(), weight, frozen))  # what the optimizer has moved
+            weight.copy_(torch.where(frozen.isnan(), weight, frozen))  # undo what the optimizer did to frozen weights
             codes, scales = _codes_and_scales(track.layer)
             if skip is not None:
-                codes = torch.where(skip > 0, track.codes, codes)  # what froze just now may have got another one
+                codes = torch.where(skip > 0, track.codes, codes)  # freezing after the last step may have changed codes
             change = (codes - track.codes).sign()
             turned = (change != 0) & (change == -track.direction)
             lerp_unless(skip, [track.frequency, track.mean_code], [turned.float(), codes.float()], self.momentum)
@@ -109,7 +110,7 @@ class Freeze(StepCount):
             weight.copy_(torch.where(freezes, values, weight))
 
     def numbers(self) -> dict[str, float]:
-        """For the log: the share of frozen weights in percent."""
+        """The number for the log: the share of frozen weights in percent."""
         total = sum(track.frozen.numel() for track in self._tracks)
         return {"frozen": 100 * float(sum((~track.frozen.isnan()).sum() for track in self._tracks)) / total}
 

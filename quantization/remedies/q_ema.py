@@ -1,4 +1,4 @@
-"""Q-EMA: the forward weight is rounded towards its moving average (paper section 5, Algorithm 1).
+"""Q-EMA rounds the weight of the forward pass towards its moving average (paper section 5, Algorithm 1).
 
 The average damps the noise of single updates, so a weight near a rounding threshold stays on one side of it.
 The rounding itself is `Rounding.EMA` in the quantizer.
@@ -6,16 +6,13 @@ The rounding itself is `Rounding.EMA` in the quantizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
-from ..linear import quant_linears
 from ..operators import HAS_TRITON
 from ..optim.step_count import count_steps
 from ..shards import local
+from ..swap import quant_linears
 
 if HAS_TRITON:
     from ..triton import lerp as lerp_kernel
@@ -27,8 +24,8 @@ else:
 class QEma:
     """Advances the moving averages of a model's weights: W_ema <- beta W_ema + (1 - beta) W after every update of W.
 
-    An average that was never advanced starts at the present weight, whatever happened to the weight since the layer
-    was made (initialisation, a loaded checkpoint). Raises ValueError for a model without Q-EMA layers.
+    An average that was never advanced starts at the present weight, even if the weight has changed since the layer was
+    made (initialisation, a loaded checkpoint). Raises ValueError for a model without Q-EMA layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,7 +38,7 @@ class QEma:
 
     @torch.no_grad()
     def update(self, skip: Tensor | None = None) -> None:
-        """Call once after every optimizer step. `skip`: see `lerp_unless`; it holds for the counters, too."""
+        """Call once after every optimizer step. If `skip` is 1, neither averages nor counters change."""
         weights = [1 - layer.recipe.q_ema_beta for layer in self.layers]
         averages = [local(layer.weight_ema) for layer in self.layers]
         masters = [local(layer.weight) for layer in self.layers]
@@ -54,10 +51,10 @@ class QEma:
 
 
 def lerp_unless(skip: Tensor | None, averages: list[Tensor], targets: list[Tensor], weight: float) -> None:
-    """averages += weight (targets - averages), in place; nothing changes where `skip`, an fp32 scalar of 0 or 1, is 1.
+    """averages += weight (targets - averages), in place; nothing changes if `skip`, an fp32 scalar of 0 or 1, is 1.
 
-    `skip` may be on the device, which alone reads it. Every operation rounds once, so the bits are the same on every
-    processor; those of `torch.lerp` are not, because some processors fuse its multiplication with its addition.
+    `skip` may be on the device; the host does not read it. Every operation rounds once, so the bits are the same on
+    every processor; those of `torch.lerp` are not, because some processors fuse its multiplication with its addition.
     """
     alike = [t.shape for t in averages] == [t.shape for t in targets]
     tensors = [*averages, *targets] if skip is None else [skip, *averages, *targets]
@@ -67,19 +64,6 @@ def lerp_unless(skip: Tensor | None, averages: list[Tensor], targets: list[Tenso
     for average, target in zip(averages, targets):
         if weight < 0.5:
             new = average + (target - average) * weight
-        else:  # so that the average ends at the target where the weight is 1
+        else:  # with a weight of 1, the average becomes exactly the target
             new = target + (average - target) * (1 - weight)
         average.copy_(new if skip is None else torch.where(skip > 0, average, new))
-
-
-@contextmanager
-def plain_rounding(model: nn.Module) -> Iterator[None]:
-    """Within, Q2 is the plain quantizer of the recipe, also where Q-EMA is on."""
-    layers = [layer for layer in quant_linears(model).values() if layer.use_q_ema]
-    for layer in layers:
-        layer.use_q_ema = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.use_q_ema = True

@@ -1,15 +1,15 @@
-"""The schedule that Nagel et al. 2022 share between dampening and freezing."""
+"""The schedule that dampening and freezing share (Nagel et al. 2022)."""
 
 from __future__ import annotations
 
 from math import cos, pi
 
 FIRST_QUARTER = 0.25
-"""The share of the training that passes before either begins."""
+"""The share of the training after which both begin."""
 
 
 def cosine(step: int, total_steps: int, start: float, end: float) -> float | None:
-    """From `start` after the first quarter of `total_steps` along half a cosine to `end`; None in that quarter.
+    """None in the first quarter of `total_steps`, then half a cosine from `start` to `end`.
 
     `step` counts the optimizer steps done.
     """

@@ -1,7 +1,8 @@
-"""One step of `RampingAdamW` for all parameters of a model in one Triton kernel: `ramping.step_parameter`, bit for bit.
+"""One Triton kernel that steps all parameters of a `RampingAdamW`: `ramping.step_parameter`, bit for bit.
 
-A table holds the addresses and the scalars of every parameter; a program updates one chunk of one parameter. Sums and
-products are rounded one by one, as PyTorch's elementwise operations round them, hence no fused multiply-add.
+A table holds the addresses of every parameter's tensors, a second one its scalars, in the order of the fields of
+`Update` and `Scalars`. A program updates one chunk of one parameter. Sums and products are rounded one by one, as
+PyTorch's elementwise operations round them, hence no fused multiply-add.
 """
 
 from __future__ import annotations
@@ -14,38 +15,52 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..optim.adamw import Scalars, Update
+from ..adamw_update import Scalars, Update
 from . import multi_tensor
 from .multi_tensor import CHUNK, addresses, chunk, chunks, pointer, to_device
 
-_TENSORS = tl.constexpr(7)
-_SCALARS = tl.constexpr(len(Scalars._fields))
+
+def _columns(fields: Sequence[str], *names: str) -> tuple[tl.constexpr, ...]:
+    return tuple(tl.constexpr(fields.index(name)) for name in names)
+
+
+# Columns of the two tables, in the order of the fields. A kernel reads only global constexprs, hence one name each.
+_TENSORS, _SCALARS = tl.constexpr(len(Update._fields) - 1), tl.constexpr(len(Scalars._fields))
+_PARAMETER, _GRADIENT, _EXP_AVG, _EXP_AVG_SQ, _PERIOD, _GRAD_SUM, _GRAD_COUNT = _columns(
+    Update._fields, "parameter", "gradient", "exp_avg", "exp_avg_sq", "period", "grad_sum", "grad_count"
+)
+_KEEP, _WEIGHT1, _BETA2, _WEIGHT2, _CORRECTION, _EPS, _STEP_SIZE = _columns(
+    Scalars._fields, "keep", "weight1", "beta2", "weight2", "correction", "eps", "step_size"
+)
 
 
 @triton.jit
 def _adamw_kernel(chunks_ptr, table_ptr, scalars_ptr, skip_ptr, CHUNK: tl.constexpr):
     row, at, mask = chunk(chunks_ptr, skip_ptr, CHUNK)
-    keep = tl.load(scalars_ptr + row * _SCALARS)
-    weight1 = tl.load(scalars_ptr + row * _SCALARS + 1)
-    beta2 = tl.load(scalars_ptr + row * _SCALARS + 2)
-    weight2 = tl.load(scalars_ptr + row * _SCALARS + 3)
-    correction = tl.load(scalars_ptr + row * _SCALARS + 4)
-    eps = tl.load(scalars_ptr + row * _SCALARS + 5)
-    step_size = tl.load(scalars_ptr + row * _SCALARS + 6)
-    p_ptrs, m_ptrs = pointer(table_ptr, row, 0, _TENSORS) + at, pointer(table_ptr, row, 2, _TENSORS) + at
-    v_ptrs = pointer(table_ptr, row, 3, _TENSORS) + at
+    scalars_ptr += row * _SCALARS
+    keep = tl.load(scalars_ptr + _KEEP)
+    weight1 = tl.load(scalars_ptr + _WEIGHT1)
+    beta2 = tl.load(scalars_ptr + _BETA2)
+    weight2 = tl.load(scalars_ptr + _WEIGHT2)
+    correction = tl.load(scalars_ptr + _CORRECTION)
+    eps = tl.load(scalars_ptr + _EPS)
+    step_size = tl.load(scalars_ptr + _STEP_SIZE)
+    p_ptrs = pointer(table_ptr, row, _PARAMETER, _TENSORS) + at
+    m_ptrs = pointer(table_ptr, row, _EXP_AVG, _TENSORS) + at
+    v_ptrs = pointer(table_ptr, row, _EXP_AVG_SQ, _TENSORS) + at
     p = tl.load(p_ptrs, mask=mask, other=0.0)
-    gradient = tl.load(pointer(table_ptr, row, 1, _TENSORS) + at, mask=mask, other=0.0)
+    gradient = tl.load(pointer(table_ptr, row, _GRADIENT, _TENSORS) + at, mask=mask, other=0.0)
     m = tl.load(m_ptrs, mask=mask, other=0.0)
     v = tl.load(v_ptrs, mask=mask, other=0.0)
 
     p = p * keep
     due = tl.abs(gradient) < float("inf")
-    ramped = tl.load(table_ptr + row * _TENSORS + 4) != 0
+    ramped = tl.load(table_ptr + row * _TENSORS + _PERIOD) != 0
     count = tl.full((CHUNK,), 1.0, tl.float32)
     if ramped:
-        period = tl.load(pointer(table_ptr, row, 4, _TENSORS) + at, mask=mask, other=1.0)
-        total_ptrs, count_ptrs = pointer(table_ptr, row, 5, _TENSORS) + at, pointer(table_ptr, row, 6, _TENSORS) + at
+        period = tl.load(pointer(table_ptr, row, _PERIOD, _TENSORS) + at, mask=mask, other=1.0)
+        total_ptrs = pointer(table_ptr, row, _GRAD_SUM, _TENSORS) + at
+        count_ptrs = pointer(table_ptr, row, _GRAD_COUNT, _TENSORS) + at
         total = tl.load(total_ptrs, mask=mask, other=0.0) + tl.where(due, gradient, 0.0)
         count = tl.load(count_ptrs, mask=mask, other=0.0) + due.to(tl.float32)
         # Whole numbers below 2**24: the quotient is one exactly where the count is a multiple of the period.
@@ -64,8 +79,8 @@ def _adamw_kernel(chunks_ptr, table_ptr, scalars_ptr, skip_ptr, CHUNK: tl.conste
 
 
 def fits(update: Update) -> bool:
-    """Whether the kernel takes this update."""
-    return multi_tensor.fits(t for t in update[:7] if t is not None)
+    """Tell if the kernel takes this update: all its tensors are fp32 and contiguous, on one GPU."""
+    return multi_tensor.fits(t for t in update.tensors if t is not None)
 
 
 def step(updates: Sequence[Update], skip: Tensor | None = None) -> None:
@@ -77,7 +92,7 @@ def step(updates: Sequence[Update], skip: Tensor | None = None) -> None:
     programs = chunks(tuple(u.parameter.numel() for u in updates), device)
     if not len(programs):
         return
-    table = addresses([u[:7] for u in updates], device)
+    table = addresses([u.tensors for u in updates], device)
     scalars = [[0.0 if isinstance(x, Tensor) else x for x in u.scalars] for u in updates]
     scalars = to_device(torch.tensor(scalars, dtype=torch.float32), device)
     for column, values in enumerate(zip(*(u.scalars for u in updates))):
@@ -87,5 +102,6 @@ def step(updates: Sequence[Update], skip: Tensor | None = None) -> None:
         skip = torch.zeros((), device=device)
     with torch.cuda.device_of(skip):
         _adamw_kernel[(len(programs),)](programs, table, scalars, skip, CHUNK=CHUNK, enable_fp_fusion=False)
-    # Whoever keeps what was made of a weight, `weights_quantized_once` for one, sees by its version that it changed.
-    increment_version([t for u in updates for t in (*u[:1], *u[2:7]) if t is not None])
+    # Whoever keeps what was made of a weight, such as `weights_quantized_once`, sees by its version that it changed.
+    written = (t for u in updates for t in u._replace(gradient=None).tensors if t is not None)
+    increment_version(list(written))

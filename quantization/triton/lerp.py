@@ -1,4 +1,4 @@
-"""Moving averages of all of a model's tensors in one Triton kernel: the formula of `q_ema.lerp_unless`, bit for bit."""
+"""One Triton kernel that moves all averages of a model: the formula of `q_ema.lerp_unless`, bit for bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def _lerp_kernel(chunks_ptr, table_ptr, skip_ptr, weight, rest, FROM_AVERAGE: tl
 def step(averages: Sequence[Tensor], targets: Sequence[Tensor], weight: float, skip: Tensor | None = None) -> None:
     """averages += weight (targets - averages), in place, or nothing where `skip`, a scalar beside them, is not 0.
 
-    All of them fit (`multi_tensor.fits`), and each average has the shape of its target; nothing waits for the device.
+    All tensors must fit (`multi_tensor.fits`), and each average must have the shape of its target. Nothing waits for
+    the device.
     """
     device = averages[0].device
     programs = chunks(tuple(average.numel() for average in averages), device)
@@ -37,7 +38,7 @@ def step(averages: Sequence[Tensor], targets: Sequence[Tensor], weight: float, s
         return
     table = addresses(list(zip(averages, targets)), device)
     skip = torch.zeros((), device=device) if skip is None else skip
-    # `rest` is rounded once, from fp64; a multiplication that is fused with the addition would not round by itself.
+    # `rest` is rounded once, from fp64. A multiplication that is fused with the addition would not be rounded itself.
     options = {"FROM_AVERAGE": weight < 0.5, "CHUNK": CHUNK, "enable_fp_fusion": False}
     with torch.cuda.device_of(averages[0]):
         _lerp_kernel[(len(programs),)](programs, table, skip, weight, 1 - weight, **options)

@@ -8,7 +8,7 @@ from torch import nn
 from torch._functorch import compile_utils
 
 import timm
-from quantization import QuantLinear, Recipe, matmul, set_matmul
+from quantization import Quantizer, QuantLinear, Recipe, matmul, set_matmul, take_lost_groups
 
 
 class Mlp(nn.Module):
@@ -47,6 +47,21 @@ def test_compiled_layers_draw_the_same_bits(recipe, matmul, randn, device):
     assert list(model.state_dict()) == names
 
 
+def test_a_compiled_backward_pass_counts_underflowed_groups(randn, device):
+    """`test_matmul.py` derives the 63 + 32 groups. A compiled backward pass cannot add to a buffer."""
+    torch._dynamo.reset()
+    layer = QuantLinear(64, 32, device=device, recipe=Recipe(*[Quantizer()] * 6))
+    layer.matmul = "fp8"
+    layer.compile(backend="aot_eager", fullgraph=True)
+    x, dy = randn(64, 64).requires_grad_(), randn(64, 32)
+    dy[0] *= 2.0**40
+    with torch.autocast(device.type, torch.bfloat16):
+        y = layer(x)
+    take_lost_groups(device)
+    y.backward(dy.bfloat16())
+    assert take_lost_groups(device).item() == 63 + 32
+
+
 def test_draws_are_not_merged():
     """PyTorch 2.11 merges calls of operators outside a list; all layers had the same keys in a backward pass."""
     if not hasattr(compile_utils, "rand_ops"):
@@ -77,7 +92,7 @@ def test_a_block_is_one_graph(build, device):
 
 def test_a_model_is_one_graph(device, monkeypatch):
     """Also the first of a process, and although every block drops another share of its paths."""
-    monkeypatch.setattr(matmul, "_LOST", {})
+    monkeypatch.setattr(matmul, "_COUNTERS", {})
     torch._dynamo.reset()
     model = timm.create_model("deit_micro_patch4_32", quant=Recipe().with_q_ema(), drop_path_rate=0.1).to(device)
     set_matmul(model, "fp8")

@@ -105,6 +105,43 @@ def test_each_quantizer_switches_off_alone(index, problem, device):
     assert relative_error(got[1], dw) < 1e-6
 
 
+@pytest.mark.parametrize("of_e3m0", [("q1", "q4", "q5"), ("q2", "q3", "q6")], ids=str)
+def test_every_quantizer_has_its_own_element(of_e3m0, problem, device):
+    """Q4 and Q6 read what Q2 and Q1 have made, in the element of those."""
+    x, dy = problem
+    x2, dy2 = x.detach().reshape(-1, 70), dy.reshape(-1, 45)
+    elements = {f"q{i}": "e3m0" if f"q{i}" in of_e3m0 else "e2m1" for i in range(1, 7)}
+    layer = make(Recipe(**{name: Quantizer(element=element) for name, element in elements.items()}), device)
+
+    def q(name, t, axis):
+        return quantize_mx(t, axis=axis, element=elements[name]).dequantize()
+
+    q1, q2 = q("q1", x2, 1), q("q2", layer.weight.detach(), 1)
+    y = q1.double() @ q2.double().T + layer.bias.double()
+    dx = q("q3", dy2, 1).double() @ q("q4", q2, 0).double()
+    dw = q("q5", dy2, 0).double().T @ q("q6", q1, 0).double()
+    assert relative_error(layer(x).reshape(-1, 45), y) < 1e-6
+    got = gradients(layer, x, dy)
+    assert relative_error(got[0].reshape(-1, 70), dx) < 1e-6
+    assert relative_error(got[1], dw) < 1e-6
+
+
+@pytest.mark.parametrize("off", ["q4", "q6"])
+def test_what_the_backward_pass_does_not_quantize_is_read_in_its_element(off, problem, device):
+    """E3M0 codes of the forward pass, multiplied as they are."""
+    x, dy = problem
+    forward = Quantizer(element="e3m0")
+    layer = make(replace(ALL_NEAREST, q1=forward, q2=forward, **{off: OFF}), device)
+    x2, dy2 = x.detach().reshape(-1, 70), dy.reshape(-1, 45)
+    got_dx, got_dw, _ = gradients(layer, x, dy)
+    if off == "q4":
+        q2 = quantize_mx(layer.weight, element="e3m0").dequantize()
+        assert relative_error(got_dx.reshape(-1, 70), quantize_mx(dy2).dequantize().double() @ q2.double()) < 1e-6
+    else:
+        q1 = quantize_mx(x2, element="e3m0").dequantize()
+        assert relative_error(got_dw, quantize_mx(dy2, axis=0).dequantize().double().T @ q1.double()) < 1e-6
+
+
 def mean_gradient_errors(recipe: Recipe, randn, device, few=16, many=256) -> list[tuple[float, float]]:
     """Relative error of the mean of `few` and of `many` draws of (dX, dW) against the straight-through gradient.
 
@@ -332,6 +369,9 @@ def test_stochastic_forward_rounding_works(problem, device):
     layer = make(replace(Recipe(), q1=noisy, q2=noisy), device)
     assert not torch.equal(layer(x), layer(x))
     assert not torch.equal(layer.quantized_weight(), layer.quantized_weight())
+    layer.bias.data.zero_()
+    product = layer(layer.weight.detach())  # symmetric if input and weight were rounded by one key
+    assert not torch.allclose(product, product.T, rtol=1e-2)
 
 
 def test_bf16_and_autocast(problem, device):
@@ -439,9 +479,10 @@ class TestModule:
         assert "q3=off" in repr(QuantLinear(8, 4, recipe=replace(Recipe(), q3=OFF)))
 
     def test_swap_takes_the_named_layers_only(self):
-        model = nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": nn.Linear(4, 4), "fc10": nn.Linear(4, 4)})})
+        parts = {name: nn.ModuleDict({"fc1": nn.Linear(4, 4), "fc10": nn.Linear(4, 4)}) for name in ("mlp", "xmlp")}
+        model = nn.ModuleDict({**parts, "blocks": nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": nn.Linear(4, 4)})})})
         swap_linears(model, Recipe(), names=("mlp.fc1",))
-        assert list(quant_linears(model)) == ["mlp.fc1"]
+        assert list(quant_linears(model)) == ["mlp.fc1", "blocks.mlp.fc1"]
         with pytest.raises(ValueError, match="no linear layer named attn.q"):
             swap_linears(model, Recipe(), names=("attn.q",))
         assert swap_linears(nn.Linear(2, 2), RECIPES["none"]).__class__ is nn.Linear
@@ -484,11 +525,12 @@ class TestWeightsQuantizedOnce:
             lambda layer: layer.weight.set_(2 * layer.weight),
             lambda layer: torch.optim.SGD([layer.weight], lr=1.0).step(),
             lambda layer: (layer.weight_ema.add_(0.2), layer.ema_updates.fill_(10)),
+            lambda layer: layer.ema_updates.zero_(),
             lambda layer: QEma(layer).update(),
             lambda layer: setattr(layer, "use_q_ema", False),
             lambda layer: setattr(layer, "recipe", Recipe(q2=OFF)),
         ],
-        ids=["in place", "load", "replaced", "set_", "optimizer", "average", "Q-EMA", "plain", "recipe"],
+        ids=["in place", "load", "replaced", "set_", "optimizer", "average", "not yet", "Q-EMA", "plain", "recipe"],
     )
     def test_a_stale_weight_is_impossible(self, change, problem, device):
         x, dy = problem
@@ -539,6 +581,22 @@ class TestQEma:
                 assert relative_error(layer.weight_ema, expected[i]) < 1e-6, (step, beta)
                 assert layer.ema_updates == updates and layer.weight_ema.dtype == torch.float32
         assert updates > linear_module.Q_EMA_START
+
+    def test_every_layer_has_its_own_beta(self, randn, device):
+        betas = {"a": 0.5, "b": 0.75, "c": None}
+        recipes = {name: replace(Recipe(), q_ema_beta=beta) for name, beta in betas.items()}
+        layers = nn.ModuleDict({name: make(recipe, device) for name, recipe in recipes.items()})
+        q_ema, moves = QEma(layers), randn(2, 45, 70)
+        for skip in (None, torch.zeros((), device=device)):
+            starts = {name: layers[name].weight_ema.double() for name in "ab"}
+            with torch.no_grad():
+                for layer in layers.values():
+                    layer.weight += moves[int(skip is None)]
+            q_ema.update(skip)
+            for name, start in starts.items():
+                wanted = betas[name] * start + (1 - betas[name]) * layers[name].weight.detach().double()
+                assert relative_error(layers[name].weight_ema, wanted) < 1e-6
+        assert [int(layers[name].ema_updates) for name in "ab"] == [2, 2]
 
     def test_is_used_from_the_tenth_update_on_in_training_and_evaluation(self, randn, device):
         layer = make(Recipe().with_q_ema(0.5), device)

@@ -93,7 +93,8 @@ def test_an_fp8_layer_trains_like_a_bf16_layer(randn, device):
     """The same operands: only the order of the sums and the last rounding to bf16 may differ."""
     torch.manual_seed(0)
     layer = QuantLinear(75, 45, device=device, recipe=ALL_NEAREST)
-    x = outlier_channels(randn, 33, 75).requires_grad_()
+    x = outlier_channels(randn, 33, 75) * torch.linspace(1, 32, 33, device=device)[:, None]
+    x.requires_grad_()
     dy = (randn(33, 45) * torch.exp2(3 * randn(33, 1))).bfloat16()
     results = []
     for layer.matmul in ("fp8", "bf16"):
@@ -145,6 +146,50 @@ def test_lost_groups_of_both_passes_are_counted(randn, device):
         y.backward(torch.ones_like(y))
     assert take_lost_groups(device).item() > 0
     assert take_lost_groups(device).item() == 0
+
+
+def test_a_backward_pass_counts_every_underflowed_group_once(randn, device):
+    """Row 0 of dY is 2^40 times the others, further than E5M2's 28 binades.
+
+    Q3, whose groups lie along the rows: 63 of 64 groups underflow. Q5, whose groups of 32 lie along the 32 columns: the
+    first group of a column holds row 0, the second one underflows, so 32 do. No group of W or of X does: the amax of a
+    group is less than 14 binades below that of the tensor.
+    """
+    layer = QuantLinear(64, 32, device=device, recipe=ALL_NEAREST)
+    layer.matmul = "fp8"
+    x, dy = randn(64, 64).requires_grad_(), randn(64, 32)
+    dy[0] *= 2.0**40
+    for passes in (1, 2):
+        take_lost_groups(device)
+        for _ in range(passes):
+            with torch.autocast(device.type, torch.bfloat16):
+                y = layer(x)
+            assert passes > 1 or take_lost_groups(device).item() == 0
+            y.backward(dy.bfloat16())
+        assert take_lost_groups(device).item() == (63 + 32) * passes
+
+
+def test_the_output_of_a_frozen_fp8_layer_needs_no_gradient(randn, device):
+    """The counter of the backward pass requires a gradient; it must not make the output require one."""
+    layer = QuantLinear(64, 32, device=device).requires_grad_(False)
+    layer.matmul = "fp8"
+    with torch.autocast(device.type, torch.bfloat16):
+        assert not layer(randn(8, 64)).requires_grad
+        assert layer(randn(8, 64).requires_grad_()).requires_grad
+
+
+def test_lost_groups_of_a_backward_pass_are_all_counted(randn, device):
+    """One row of dY is so large that the groups of the 63 others are lost for dX, and for dW those of each of the 32
+    columns that the row is not in; nothing is lost of X and W."""
+    layer = QuantLinear(64, 32, device=device, recipe=ALL_NEAREST)
+    layer.matmul = "fp8"
+    take_lost_groups(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = layer(randn(64, 64).requires_grad_())
+    dy = torch.ones_like(y)
+    dy[0] *= 2.0**40
+    y.backward(dy)
+    assert take_lost_groups(device).item() == 63 + 32
 
 
 def test_fp8_needs_hardware_only_to_be_fast(device):

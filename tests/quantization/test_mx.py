@@ -313,6 +313,15 @@ class TestEmaRounding:
         assert scale_bytes(t) == [127]
         assert t.dequantize().tolist() == [6.0, 3.0, -2.0, 2.0, -2.0, 3.0]
 
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_the_average_is_that_of_the_element_along_any_axis(self, axis, randn, assert_same_bits):
+        w = randn(40, 6, 7)
+        ema = w + 0.4 * randn(40, 6, 7)
+        got = quantize_mx(w, axis, rounding="ema", ema=ema).dequantize().movedim(axis, -1).flatten(0, 1)
+        rows = zip(w.movedim(axis, -1).flatten(0, 1), ema.movedim(axis, -1).flatten(0, 1))
+        wanted = torch.stack([quantize_mx(row, rounding="ema", ema=row_ema).dequantize() for row, row_ema in rows])
+        assert_same_bits(got, wanted)
+
     def test_a_broken_average_makes_the_group_nan(self, randn):
         w, ema = randn(2, 64), randn(2, 64)
         ema[0, 3] = torch.nan

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from quantization import Quantizer, operators
+from quantization import Quantizer, operators, quantize_mx
 from quantization.formats import Fp8, Rounding
 from quantization.mx import backend_for
 from quantization.reference import Packed
@@ -61,6 +61,17 @@ def test_quantize(shape, rounding, pack, fp8, randn, device, assert_same_bits):
     assert_alike(call, arguments, backend, assert_same_bits)
 
 
+@pytest.mark.parametrize("active", [False, True])
+def test_an_average_decides_once_it_is_in_use(active, randn, device, assert_same_bits):
+    """Before its tenth update Q2 rounds to nearest; the switch is a tensor on the device."""
+    x, ema = randn(33, 75), randn(33, 75)
+    how, switch = (NEAREST.element, NEAREST.scaling, Rounding.EMA), torch.tensor(active, device=device)
+    got = operators.quantize(x, *how, ema_RL=ema, ema_active=switch, values_dtype=torch.float32)
+    wanted = quantize_mx(x, rounding="ema", ema=ema) if active else quantize_mx(x)
+    assert_same_bits(got.values_RL, wanted.dequantize())
+    assert_same_bits(got.codes_RB, wanted.codes)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("which", [(True, True), (False, True), (True, False)])
@@ -80,6 +91,18 @@ def test_quantize_both(shape, packed, which, fp8, randn, device, assert_same_bit
 
     arguments = (x, codes, scales, keys, backend.largest_magnitude(x), lost)
     assert_alike(call, arguments, backend, assert_same_bits)
+
+
+def test_what_is_packed_is_read_in_its_own_element(randn, device, assert_same_bits):
+    made_by = Quantizer(element="e3m0")
+    x = randn(33, 75)
+    backend = backend_for(x)
+    _, codes, scales, _ = backend.quantize(x, made_by.element, made_by.scaling, made_by.rounding)
+    source = Packed(codes, scales, 75, made_by)
+    rows, columns, _ = operators.quantize_both(source, NEAREST, NEAREST, dtype=torch.float32)
+    values = quantize_mx(x, element="e3m0").dequantize()
+    assert_same_bits(rows.values_RL, quantize_mx(values).dequantize())
+    assert_same_bits(columns.values_RL, quantize_mx(values, axis=0).dequantize().T.contiguous())
 
 
 @pytest.mark.parametrize("shape", [(0, 4), *SHAPES])

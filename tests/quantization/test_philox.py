@@ -45,6 +45,17 @@ def test_bits_of_an_element_do_not_depend_on_the_number_of_rows(device):
     assert torch.equal(group_bits(key, 3, 5), group_bits(key, 9, 5)[:3])
 
 
+def test_no_two_groups_share_their_bits(device):
+    bits = group_bits(torch.tensor([7], device=device), 40, 5).view(-1, 32)
+    assert len(bits.unique(dim=0)) == 200 and bits.view(-1, 8).unique(dim=0).shape[0] == 800
+
+
+def test_fresh_keys_have_64_bits(device):
+    keys = fresh_keys(200, device).tolist()
+    for bit in range(64):
+        assert 50 < sum(key >> bit & 1 for key in keys) < 150
+
+
 def test_fresh_keys_follow_the_generator(device):
     torch.manual_seed(3)
     first, second = fresh_keys(4, device), fresh_keys(4, device)

@@ -205,7 +205,8 @@ def test_memory_layout_and_axis_do_not_matter(x, axis, element, scaling, roundin
 @settings(search, max_examples=60)
 @given(tensors(max_elements=100, dtypes=(torch.float32, torch.bfloat16)), ELEMENTS, SCALINGS, st.sampled_from(Rounding))
 def test_kernels_return_the_bits_of_the_reference(x, element, scaling, rounding):
-    from quantization import kernels, reference
+    from quantization import reference
+    from quantization.triton import kernels
 
     x_RL = x.reshape(-1, x.shape[-1]) if x.ndim and x.shape[-1] else x.reshape(1, -1)
     key = torch.tensor([3])

@@ -29,10 +29,11 @@ class Walk:
             p += 2e-4 * torch.randn(p.shape, generator=generator, device=p.device)
 
 
-def test_windows_ratios_and_resets(device):
+@pytest.mark.parametrize("threshold", [3.0, 28.0], ids=["every jump", "half of the jumps"])
+def test_windows_ratios_and_resets(threshold, device):
     """Recomputed from every step's weights, W and Q2(W)."""
     model = make(device)
-    reset = OsciReset(model, total_steps=30, start=0.3, interval=8, threshold=3.0)
+    reset = OsciReset(model, total_steps=30, start=0.3, interval=8, threshold=threshold)
     reset.window = 5  # as 50 in a run of thousands of steps
     assert reset.start == 9
     walk, history, resets, total = Walk(model), [], [], 0
@@ -48,7 +49,7 @@ def test_windows_ratios_and_resets(device):
                 window = history[-6:]
                 path = sum((b[0][i] - a[0][i]).abs() for a, b in zip(window, window[1:]))
                 q_path = sum((b[1][i] - a[1][i]).abs() for a, b in zip(window, window[1:]))
-                oscillates = q_path / path >= 3.0
+                oscillates = q_path / path >= threshold
                 assert torch.equal(layer.weight, torch.where(oscillates, quantized[i], weights[i]))
                 total += int(oscillates.sum())
             # The next window's paths start at the weights after the reset.

@@ -20,8 +20,8 @@ from quantization import (
     quantize_mx,
     update_periods,
 )
+from quantization.adamw_update import Scalars, Update
 from quantization.measures.oscillation import PathLengths
-from quantization.optim.adamw import Scalars, Update
 from quantization.optim.ramping import step_parameter
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -146,6 +146,26 @@ def test_a_shrinking_period_does_not_stall_an_element(device):
         optimizer.step()
         values.append(p.item())
     assert values[7] == 1.0 and values[8] < 1.0
+
+
+def test_without_periods_nothing_accumulated_is_left(randn, device):
+    """Periods that are given again start from no gradients, and until then it is torch's AdamW."""
+    p = nn.Parameter(randn(4, 5))
+    optimizer = RampingAdamW([p], **OPTIONS)
+    optimizer.set_periods({p: torch.full_like(p, 3)})
+    p.grad = randn(4, 5)
+    optimizer.step()
+    optimizer.clear_periods()
+    assert set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
+    optimizer.set_periods({p: torch.full_like(p, 2)})
+    gradients, before = randn(2, 4, 5), p.detach().clone()
+    for gradient in gradients:
+        p.grad = gradient.clone()
+        optimizer.step()
+    mean = gradients.double().mean(0)  # of the two, not of three
+    update = 0.1 * mean / (1 - 0.9**3) / ((0.01 * mean**2 / (1 - 0.99**3)).sqrt() + OPTIONS["eps"])
+    wanted = before.double() * (1 - OPTIONS["lr"] * OPTIONS["weight_decay"]) ** 2 - 2 * OPTIONS["lr"] * update
+    assert torch.allclose(p.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_state_dict_round_trip_goes_on_with_the_same_bits(device):

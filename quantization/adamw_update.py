@@ -1,4 +1,7 @@
-"""One parameter's share of a `RampingAdamW` step, as data for PyTorch (`ramping.py`) or for a kernel to carry out."""
+"""One parameter's share of a `RampingAdamW` step as data: `optim/ramping.py` makes it, PyTorch or a kernel applies it.
+
+The file imports nothing of `quantization`, so that both the optimizer and `triton/adamw.py` can import it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from torch import Tensor
 
 
 class Scalars(NamedTuple):
-    """What is the same for every element of a parameter."""
+    """The numbers of an update that are the same for every element of the parameter."""
 
     keep: float
     """1 - lr * weight_decay"""
@@ -25,7 +28,7 @@ class Scalars(NamedTuple):
 
 
 class Update(NamedTuple):
-    """One parameter's update; the last three tensors are None for a parameter without periods."""
+    """The update of one parameter. All tensors have its shape; those of periods are None for one without periods."""
 
     parameter: Tensor
     gradient: Tensor
@@ -35,3 +38,8 @@ class Update(NamedTuple):
     grad_sum: Tensor | None
     grad_count: Tensor | None
     scalars: Scalars
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All fields but `scalars`, in their order."""
+        return self[:-1]

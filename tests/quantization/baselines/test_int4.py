@@ -173,6 +173,27 @@ def test_gradients_are_unbiased(problem, device):
     assert all(torch.equal(d[2], want[2]) or torch.allclose(d[2], want[2], rtol=1e-5) for d in draws[:3])
 
 
+def test_rows_of_dy_are_sampled_by_what_they_multiply(problem, device):
+    """For dX by their own length, for dW by that times the length of X^'s row; the same draws, step by step."""
+    x, dy = problem
+    layer = make(device)
+    layer.input_step.data.fill_(layer.transformed(x).abs().max() / 7)  # nothing is clipped
+    layer.weight_step.data.fill_(layer.transformed(layer.weight).abs().max() / 7)
+    y = layer(x)
+    torch.manual_seed(3)
+    got = torch.autograd.grad(y, (x, layer.weight), dy)
+    integers_x = (transform(x.detach().double(), 32).view(60, 96) / layer.input_step.item()).round()
+    integers_w = (transform(layer.weight.detach().double(), 32) / layer.weight_step.item()).round()
+    assert integers_x.norm(dim=1).unique().numel() > 20
+    torch.manual_seed(3)
+    halves, units = split_bits(dy.view(60, 40))
+    for_dx = sample_rows(halves, units, None).double()
+    for_dw = sample_rows(halves, units, integers_x.norm(dim=1).float()).double()
+    dx = transform(for_dx @ integers_w * layer.weight_step.item(), 32).view_as(x)
+    dw = transform(for_dw.T @ integers_x * layer.input_step.item(), 32)
+    assert relative_error(got[0], dx) < 1e-5 and relative_error(got[1], dw) < 1e-5
+
+
 def test_step_sizes_start_from_the_first_batch(randn, device):
     """Layer after layer: the second one sees what the first makes of the batch with its step sizes set."""
     model = swap_linears(nn.Sequential(nn.Linear(96, 64), nn.GELU(), nn.Linear(64, 8)), Int4Recipe(), ("0", "2"))
@@ -203,6 +224,13 @@ class TestLayer:
         copy = Int4Linear(96, 40, device=device)
         copy.load_state_dict(layer.state_dict())
         assert torch.equal(copy.input_step, layer.input_step)
+
+    def test_the_first_input_step_suits_unit_variance(self, device):
+        """2 E|x| / sqrt(7), where E|x| of the normal distribution is sqrt(2 / pi) = 0.79788."""
+        layer = make(device)
+        assert layer.input_step.item() == pytest.approx(2 * 0.7978846 / 2.6457513)
+        draws = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
+        assert first_step_size(draws).item() == pytest.approx(layer.input_step.item(), rel=5e-3)
 
     def test_step_sizes_do_not_decay(self, device):
         decayed = next(g for g in param_groups_weight_decay(make(device), 0.1) if g["weight_decay"] > 0)

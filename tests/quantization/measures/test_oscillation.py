@@ -159,6 +159,23 @@ def test_a_weight_on_a_threshold_oscillates(device):
     assert int((window.ratios()["fc"] > 16).sum()) == 1
 
 
+def test_a_weight_that_does_not_move_has_ratio_0_whatever_its_scale_does(device):
+    """Another one makes the scale of its group 2 and then 1 again, and 0.5 becomes 0 and 0.5."""
+    layer = QuantLinear(32, 1, bias=False).to(device)
+    with torch.no_grad():
+        layer.weight.zero_()[0, :2] = torch.tensor([6.0, 0.5])
+    window, paths = OscillationWindow({"fc": layer}), PathLengths(layer)
+    for largest, quantized in ((7.0, 0.0), (6.0, 0.5)):
+        with torch.no_grad():
+            layer.weight[0, 0] = largest
+        assert layer.quantized_weight()[0, 1] == quantized
+        window.record()
+        paths.record()
+    assert window.quantized["fc"].length[0, 1] == 1
+    for ratios in (window.ratios()["fc"], paths.ratios()[layer.weight]):
+        assert ratios[0, 1] == 0 and ratios[0, 0] == 2  # 6, 8 and 6, for 6, 7 and 6: twice 2 over twice 1
+
+
 def test_q_ema_counts_in_a_window_and_not_in_detection(device, randn):
     net = make(device, Recipe().with_q_ema(0.9))
     q_ema = QEma(net)

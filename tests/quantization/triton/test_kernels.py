@@ -11,8 +11,9 @@ from quantization import Element, Quantizer, Rounding, Scaling, quantize_mx
 from quantization.formats import Fp8
 
 triton = pytest.importorskip("triton", reason="Triton has no release for this platform")
-from quantization import kernels, reference  # noqa: E402
+from quantization import reference  # noqa: E402
 from quantization.reference import Packed  # noqa: E402
+from quantization.triton import kernels  # noqa: E402
 
 ELEMENTS = pytest.mark.parametrize("element", list(Element))
 SCALINGS = pytest.mark.parametrize("scaling", list(Scaling))

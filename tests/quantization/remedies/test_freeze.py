@@ -11,7 +11,8 @@ from torch import nn
 
 from quantization import Freeze, Quantizer, Recipe, swap_linears
 
-GRID = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+GRIDS = {"e2m1": [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], "e3m0": [0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]}
+OPTIONS = [{}, {"element": "e3m0"}, {"scaling": "floor"}]
 
 
 def make(device, recipe: Recipe, rows=3, columns=40) -> nn.Module:
@@ -19,29 +20,35 @@ def make(device, recipe: Recipe, rows=3, columns=40) -> nn.Module:
     return swap_linears(nn.Sequential(nn.Linear(columns, rows)).to(device), recipe, ("0",))
 
 
-def code_and_scale(weight: torch.Tensor) -> tuple[list[list[int]], list[list[float]]]:
-    """Signed code and scale of every weight, truncation-free, nearest value, even code on a tie."""
+def code_and_scale(weight: torch.Tensor, grid: list[float], scaling: str) -> tuple[list[list[int]], list[list[float]]]:
+    """Signed code and scale of every weight: nearest value, the even code on a tie."""
     codes, scales = [], []
     for row in weight.double().tolist():
         codes.append([])
         scales.append([])
         for begin in range(0, len(row), 32):
             group = row[begin : begin + 32]
-            scale = 2.0 ** math.ceil(math.log2(max(map(abs, group)) / 6))
+            largest = max(map(abs, group))
+            if scaling == "floor":
+                scale = 2.0 ** (math.floor(math.log2(largest)) - math.floor(math.log2(grid[-1])))
+            else:
+                scale = 2.0 ** math.ceil(math.log2(largest / grid[-1]))
             for w in group:
-                code = min(range(8), key=lambda c: (abs(GRID[c] - abs(w) / scale), c % 2))
+                code = min(range(8), key=lambda c: (abs(grid[c] - abs(w) / scale), c % 2))
                 codes[-1].append(int(math.copysign(code, w)))
                 scales[-1].append(scale)
     return codes, scales
 
 
-def test_algorithm_1(device):
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_algorithm_1(options, device):
     """60 steps of noise that grows along the columns, with a momentum so high that some weights freeze."""
-    model = make(device, Recipe())
+    model = make(device, Recipe(q2=Quantizer(**options)))
+    grid, scaling = GRIDS[options.get("element", "e2m1")], options.get("scaling", "truncation_free")
     weight, steps, momentum = model[0].weight, 60, 0.03
     freeze = Freeze(model, total_steps=steps, threshold=0.07, momentum=momentum)
     mirror = weight.detach().cpu().double()
-    codes, _ = code_and_scale(mirror)
+    codes, _ = code_and_scale(mirror, grid, scaling)
     shape = (len(codes), len(codes[0]))
     every = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
     direction, frequency = dict.fromkeys(every, 0), dict.fromkeys(every, 0.0)
@@ -58,7 +65,7 @@ def test_algorithm_1(device):
 
         for (i, j), value in frozen.items():
             mirror[i, j] = value
-        new, scales = code_and_scale(mirror)
+        new, scales = code_and_scale(mirror, grid, scaling)
         progress = (step / steps - 0.25) / 0.75
         threshold = math.inf if progress < 0 else 0.07 + 0.03 * (1 + math.cos(math.pi * progress)) / 2
         for i, j in every:
@@ -69,7 +76,7 @@ def test_algorithm_1(device):
             direction[i, j] = change or direction[i, j]
             if frequency[i, j] > threshold and (i, j) not in frozen:
                 code = round(mean[i, j])
-                frozen[i, j] = mirror[i, j] = math.copysign(GRID[abs(code)], code) * scales[i][j]
+                frozen[i, j] = mirror[i, j] = math.copysign(grid[abs(code)], code) * scales[i][j]
                 frozen_at.append(step)
         codes = new
         assert torch.equal(weight.detach().cpu().double(), mirror), step
@@ -101,6 +108,10 @@ def test_frozen_for_good_and_free_before_a_quarter(device):
         model[0].weight.fill_(0.3)
     freeze.update()
     assert (model[0].weight[:, ::2] == value).all() and (model[0].weight[:, 1::2] == 0.3).all()
+    with torch.no_grad():
+        model[0].weight[:, 1::2] = 40.0  # the scale becomes eight times as large
+    freeze.update()
+    assert (model[0].weight[:, ::2] == value).all() and (model[0].weight[:, 1::2] == 40).all()
 
 
 # With momentum 0.01, f is 1 - 0.99**n after n turns in a row, and then falls by 1 % per step. The threshold at step t
@@ -147,7 +158,7 @@ def test_state_goes_on_bit_for_bit(device):
         assert all(torch.equal(got[name].nan_to_num(9), tensor.nan_to_num(9)) for name, tensor in want.items())
 
 
-@pytest.mark.parametrize("options", [{}, {"element": "e3m0"}, {"scaling": "floor"}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_forward_pass_keeps_a_frozen_value(options, device):
     """On every grid, at the moment of freezing, whatever that does to the group's scale."""
     model = make(device, Recipe(q2=Quantizer(**options)))

@@ -1,0 +1,69 @@
+"""Inside `quantization/`, imports point one way: each file imports only from files before it, folders likewise."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import quantization
+
+ROOT = Path(quantization.__file__).parent
+ORDER = (
+    *("formats", "recipe", "philox", "reference", "adamw_update"),
+    *("triton.multi_tensor", "triton.kernels", "triton.adamw", "triton.lerp"),
+    *("operators", "mx", "matmul", "shards", "baselines.int4", "linear", "swap", "weight_cache"),
+    *("measures.latent", "measures.oscillation"),
+    *("optim.step_count", "optim.snapshot", "optim.ramping"),
+    *("remedies.schedule", "remedies.q_ema", "remedies.dampen", "remedies.freeze", "remedies.osci_reset"),
+)
+
+
+def own_imports(name: str) -> set[str]:
+    """The files of the package that a file imports, those within functions included."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / (name.replace(".", "/") + ".py")).read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.split(".")[0] == "quantization" for alias in node.names), name
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert node.module.split(".")[0] != "quantization", name
+        elif isinstance(node, ast.ImportFrom):
+            package = name.split(".")[: len(name.split(".")) - node.level]
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            inner = [".".join(filter(None, (base, alias.name))) for alias in node.names]
+            found |= {module if module in ORDER else base for module in inner}
+    return found
+
+
+def test_every_file_has_its_place():
+    files = {path.relative_to(ROOT).with_suffix("") for path in ROOT.rglob("*.py") if path.name != "__init__.py"}
+    assert {".".join(path.parts) for path in files} == set(ORDER)
+
+
+def test_the_imports_are_found():
+    assert own_imports("operators") == {"reference", "formats", "recipe", "triton.kernels"}
+    assert own_imports("remedies.q_ema") >= {"swap", "optim.step_count", "triton.lerp", "triton.multi_tensor"}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_file_imports_only_from_those_before_it(name):
+    assert own_imports(name) <= set(ORDER[: ORDER.index(name)])
+
+
+def test_a_folders_files_are_neighbours():
+    """So the order of the files is an order of the folders, too."""
+    folders = [name.partition(".")[0] for name in ORDER if "." in name]
+    assert folders == sorted(folders, key=folders.index)
+
+
+def test_the_docstring_lists_the_order():
+    """Its table names every file of the top level and every folder, in this order."""
+    lines = [line.split("  ")[2] for line in quantization.__doc__.splitlines() if line.startswith("    ")]
+    listed = [name.strip().removesuffix("/") for line in lines for name in line.split(",")]
+    assert listed == list(dict.fromkeys(name.partition(".")[0] for name in ORDER))
+
+
+def test_mx_and_int4_do_not_import_each_other():
+    assert all("baselines.int4" not in own_imports(name) for name in ORDER)
+    assert own_imports("baselines.int4") == {"matmul", "recipe", "reference"}
