@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import LEFT_OUT
+from data.image_files import LEFT_OUT
 from quantization import RampingAdamW, quant_linears, weights_quantized_once
 from quantization.shards import local
 from runtime import processes
@@ -24,7 +24,6 @@ from runtime.cuda_graph import CudaGraph
 from runtime.errors import NonFiniteSteps
 from runtime.nonfinite import MOST_IN_A_ROW, Skips, Step, report, running_statistics
 from runtime.sharding import is_sharded_model
-from training.losses import DistillationLoss
 
 CHECK_EVERY = 10  # steps between two looks at the loss; on a GPU each look waits for the device
 Batch = tuple[Tensor, Tensor]
@@ -34,31 +33,32 @@ Batch = tuple[Tensor, Tensor]
 class TrainStep:
     """Forward, backward and optimizer step on one batch; Q-Ramping's detection takes the very same step.
 
-    A step whose loss or gradients are not finite is skipped: parameters, optimizer state and running statistics stay
-    as they are, bit for bit. On a GPU that takes an optimizer that can be told so there, `RampingAdamW` or one of
-    PyTorch's fused ones; another one makes each step wait for the device.
+    A step with a non-finite loss or gradient is skipped: parameters, optimizer state and running statistics keep their
+    bits. On a GPU, `RampingAdamW` and PyTorch's fused optimizers read the decision there; with any other optimizer,
+    each step waits for the device.
     """
 
     model: nn.Module
-    """Of several processes: DDP's, a sharded one, or one whose gradients the step averages after the backward pass."""
-    criterion: nn.Module
+    """With several processes: a DDP model, a sharded one, or one whose gradients the step averages by itself."""
+    criterion: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """The loss of (images, outputs, targets)."""
     optimizer: torch.optim.Optimizer
     device: torch.device
     mixup: Mixup | None = None
     before_update: Callable[[], None] | None = None
     """Called after the backward pass, before gradients are clipped and used."""
     clip_grad: float = 0.0
-    """Gradients whose norm, over all parameters together, is larger are scaled down to it; 0 leaves them alone."""
+    """Largest norm of all gradients together; larger gradients are scaled down to it. 0 switches clipping off."""
     cuda_graph: bool = False
     """Replay forward and backward pass as one CUDA graph."""
     skips: Skips = field(default_factory=Skips)
     skip: Tensor | None = field(default=None, init=False)
-    """Of the newest step: 1 if it was skipped, else 0; fp32, on the device."""
+    """1 if the newest step was skipped, else 0: an fp32 scalar on the device."""
     place: str = field(default="the start", init=False)
-    """Of the next step in the run, for the message of NonFiniteSteps."""
+    """Position of the next step (epoch and step), quoted in NonFiniteSteps."""
     accumulate_steps: int = 1
-    """Micro-batches, one after the other, into which a batch is cut. The gradient stays that of the mean over the
-    batch, also where they differ in size by one image; a batch of fewer images has fewer micro-batches."""
+    """Number of micro-batches into which a batch is cut. The gradient stays that of the mean over the batch, even if
+    micro-batches differ in size by one image. A batch of fewer images has fewer micro-batches."""
 
     def __post_init__(self) -> None:
         self._statistics = running_statistics(self.model)
@@ -81,18 +81,18 @@ class TrainStep:
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the loss and the number of right answers, as tensors on the device.
 
-        Raises NonFiniteSteps, and leaves everything as it is, if too many steps before this one were skipped.
+        Raises NonFiniteSteps, and changes nothing, if too many steps before this one were skipped.
         """
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         targets = labels
         if self.mixup is not None and len(images) % 2 == 0:
             images, targets = self.mixup(images, labels)
-        elif self.mixup is not None:  # a last batch whose images do not pair off: labels are smoothed alone
+        elif self.mixup is not None:  # a last batch of odd size is not mixed, only its labels are smoothed
             targets = mixup_target(labels, self.mixup.num_classes, 1.0, self.mixup.label_smoothing)
         statistics = [tensor.clone() for tensor in self._statistics]
         loss, logits = self._passes(images, targets)
         try:
-            self.settle()  # the device has this step's passes to work at meanwhile
+            self.settle()  # meanwhile the device works on this step's passes
         except NonFiniteSteps:
             for tensor, old in zip(self._statistics, statistics):
                 tensor.copy_(old)
@@ -102,7 +102,7 @@ class TrainStep:
         if self.before_update is not None:
             self.before_update()
         gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
-        # All on the device, and after the ranks have averaged their gradients.
+        # The norms stay on the device. The ranks have averaged their gradients before.
         norms = torch.stack(torch._foreach_norm(gradients))
         if self._sharded:  # each process has some rows of each gradient
             norms = processes.all_reduce_sum(norms.double().square()).sqrt().float()
@@ -118,7 +118,7 @@ class TrainStep:
         return loss, (logits.argmax(dim=1) == wanted).sum()
 
     def _update(self) -> None:
-        """The optimizer's step, unless it is skipped."""
+        """Run the optimizer's step unless it is skipped."""
         optimizer = self.optimizer
         fused = getattr(optimizer, "_step_supports_amp_scaling", False) and not self._sharded
         if isinstance(optimizer, RampingAdamW) or fused:
@@ -129,9 +129,9 @@ class TrainStep:
             optimizer.step()
 
     def settle(self, most: int = MOST_IN_A_ROW) -> None:
-        """Count the newest step if it was skipped. Call after the last of several steps; each step calls it first.
+        """Count the newest step if it was skipped. Every step calls it first; call it after the last step as well.
 
-        Raises NonFiniteSteps if it was the last of `most` skipped ones in a row.
+        Raises NonFiniteSteps if `most` steps in a row were skipped.
         """
         last = self.skips.settle(most)
         if last is not None:
@@ -164,10 +164,7 @@ class TrainStep:
         """The loss, and the class logits without a gradient."""
         with autocast(self.device):
             outputs = self.model(images)
-            if isinstance(self.criterion, DistillationLoss):
-                loss = self.criterion(images, outputs, targets)
-            else:
-                loss = self.criterion(outputs, targets)
+            loss = self.criterion(images, outputs, targets)
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         return loss, logits.detach()
 
@@ -179,21 +176,24 @@ def autocast(device: torch.device) -> torch.autocast:
 
 @dataclass
 class EpochSums:
-    """What an epoch adds up to so far, on this process."""
+    """Sums over the epoch so far, on this process."""
 
     steps: int = 0
     images: int = 0
     totals: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
-    """Images in steps that were not skipped; over these, loss and right answers."""
+    """Over the steps that were not skipped: number of images, sum of losses, number of correct predictions."""
     skipped_steps: int = 0
     seconds: float = 0.0
     lost_groups: int | Tensor = 0
     bad_images: int = 0
     extra: dict[str, float] = field(default_factory=dict)
-    """Numbers for the log that were known before the first step."""
+    """Numbers for the log that are known before the first step."""
 
     def state_dict(self) -> dict:
         return vars(self) | {"totals": self.totals.cpu(), "lost_groups": int(self.lost_groups)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.__init__(**state)
 
 
 def train_one_epoch(
@@ -206,9 +206,9 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train on every batch of `loader`, calling `after_step` after each; returns the epoch's means over all ranks.
 
-    `sums` are those of the batches that `loader` begins after; each step is in them when `after_step` is called.
-    Skipped steps are counted and do not enter the means, which are NaN if all were skipped. Raises NonFiniteSteps
-    after too many in a row.
+    `sums` holds the batches of the epoch that come before the first one of `loader`. It includes a step before
+    `after_step` is called. Skipped steps are counted but do not enter the means, which are NaN if all were skipped.
+    Raises NonFiniteSteps after too many in a row.
     """
     step.model.train()
     lr = max(group["lr"] for group in step.optimizer.param_groups)
@@ -235,7 +235,7 @@ def train_one_epoch(
                 bar.set_postfix_str(shown, refresh=False)
         step.settle()
     seconds = time.perf_counter() - start
-    seen = sums.images * processes.world_size()  # samplers deal every process as many
+    seen = sums.images * processes.world_size()  # samplers give every process the same number
     counted, loss_sum, correct_sum = processes.all_reduce_sum(sums.totals.clone())
     return {
         "train_loss": float(loss_sum / counted),
@@ -254,7 +254,7 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
     """
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # images, loss, top-1, top-5
-    # Where all processes gather the weights together, those with fewer batches must go through the model as often.
+    # Sharded weights are gathered by all processes together, so those with fewer batches make extra forward passes.
     missing = max(processes.gather(len(loader))) - len(loader) if is_sharded_model(model) else 0
     with weights_quantized_once(model), progress(loader, "evaluate") as bar:
         for batch in bar:
@@ -273,9 +273,9 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
 
 
 def progress(loader: DataLoader | None, description: str, done: int = 0, total: int | None = None) -> tqdm:
-    """A progress bar on the main process, over `loader` or `total` steps, of which `done` are.
+    """A progress bar on the main process, over `loader` or over `total` steps, of which `done` are finished.
 
-    Into a file it writes one line in ten seconds.
+    In a file it adds a line every ten seconds.
     """
     options = {"leave": False, "dynamic_ncols": True, "disable": not processes.is_main()}
     bar = tqdm(loader, description, initial=done, total=total, **options)

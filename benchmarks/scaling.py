@@ -29,6 +29,7 @@ from quantization import Recipe
 from runtime import processes, sharding
 from runtime.environment import environment
 from runtime.rank_check import RankCheck
+from training.losses import OutputLoss
 
 RECIPES = {"bf16": None, "TetraJet": Recipe()}
 WARM_UP = 8  # steps
@@ -57,7 +58,7 @@ def measure(recipe: str, how: str, args: argparse.Namespace, device: torch.devic
     images = torch.randn(4, args.batch_size, 3, *size, device=device)
     labels = torch.randint(0, classes, (4, args.batch_size), device=device)
     batches = cycle(zip(images, labels))
-    step = TrainStep(parallel, F.cross_entropy, optimizer, device, cuda_graph=args.graph)
+    step = TrainStep(parallel, OutputLoss(F.cross_entropy), optimizer, device, cuda_graph=args.graph)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = timed(lambda: step(next(batches)), device, WARM_UP, args.steps, behind=QUEUED)

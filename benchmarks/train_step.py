@@ -37,6 +37,7 @@ from quantization.matmul import multiply
 from quantization.mx import backend_for
 from quantization.reference import Operand
 from runtime.environment import environment
+from training.losses import OutputLoss
 
 MODELS = {
     "deit_tiny_patch16_224": 256,
@@ -134,7 +135,7 @@ def training_step(model: nn.Module, batch_size: int, variant: Variant, device: t
     labels = torch.randint(0, model.num_classes, (4, batch_size), device=device)
     batches = cycle(zip(images, labels))
     graph = variant.graph and device.type == "cuda"
-    train = TrainStep(model, F.cross_entropy, optimizer, device, cuda_graph=graph)
+    train = TrainStep(model, OutputLoss(F.cross_entropy), optimizer, device, cuda_graph=graph)
 
     def step() -> None:
         train(next(batches))

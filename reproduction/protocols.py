@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from quantization.recipe import PAPER_BETA
+
 
 @dataclass(frozen=True)
 class Tuning:
     """What `targets.py` leaves open, as it stands in main.py's options."""
 
-    q_ema_beta: float = 0.998
+    q_ema_beta: float = PAPER_BETA
     q_ramping_k2: int = 5
     q_ramping_detection: str = "--q-ramping-steps 30"
     dampen: str = "--dampen 0.1 --dampen-reduction kernel_mean"

@@ -74,7 +74,7 @@ def start(run: Run, out: Path, slot: int, machine: Machine, data_path: Path | No
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         where = where | {"device": f"{len(gpus)} x {where['device']}"}
-    options = vars(parse_args([*run.arguments(processes), *run.data_arguments(str(data_path))]))
+    options = parse_args([*run.arguments(processes), *run.data_arguments(str(data_path))]).flat()
     options = {name: value for name, value in options.items() if name not in PLACES}
     write_record(run, directory, run.command(processes), options, where)
     if processes > 1 or machine.jobs > 1:  # torch takes every core for itself

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from datasets import DATA_SETS
 from reproduction.protocols import Protocol, Setup
 from reproduction.targets import Row, Target
 from runtime.errors import UserError
+from runtime.files import replacing
+from tracking.oscillation_csv import FILE_NAME as OSCILLATION
+from training.run_files import LOG
 
 RECORD = "reproduction.json"
-LOG, OSCILLATION = "log.txt", "oscillation.csv"
 DATA_PATH = "$DATA_PATH"
 
 
@@ -73,7 +75,7 @@ class Run:
         return [*launcher, "main.py", *self.arguments(processes), *self.data_arguments(data_path)]
 
     def data_arguments(self, data_path: str) -> list[str]:
-        return [] if self.protocol.data_set == "DIGITS" else ["--data-path", data_path]
+        return ["--data-path", data_path] if DATA_SETS[self.protocol.data_set].needs_path else []
 
     def epochs_done(self, directory: Path) -> int:
         """By the log of its own directory."""
@@ -210,9 +212,8 @@ def write_record(run: Run, directory: Path, command: list[str], options: dict, e
     environments = read_record(directory)["environments"] if (directory / RECORD).exists() else []
     environments += [environment] if environment not in environments else []
     record = {**run.record, "command": shell(command), "options": options, "environments": environments}
-    part = directory / f".{RECORD}.part"
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, directory / RECORD)
+    with replacing(directory / RECORD) as part:
+        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def remaining(runs: list[Run], out: Path) -> list[Run]:

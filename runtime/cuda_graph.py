@@ -1,6 +1,6 @@
-"""Record what a function does on the GPU once, then replay it: a step without the time that launching takes.
+"""Record the GPU work of a function once and replay it, which saves the time of launching kernels one by one.
 
-Launching the kernels of a small model one by one takes Python longer than running them takes the GPU.
+For a small model, Python needs longer to launch the kernels than the GPU needs to run them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-WARM_UP_CALLS = 3  # that run as usual first: compilation, cuBLAS workspaces and caches must not be recorded
+WARM_UP_CALLS = 3
+"""Calls that run normally before the recording, so that compilation, cuBLAS workspaces and caches are not recorded."""
 
 
 @dataclass
@@ -23,12 +24,12 @@ class _Recording:
 
 
 class CudaGraph:
-    """Calls `work`, a forward and backward pass that sets the gradients of `parameters`, by replaying a recording.
+    """Replays `work`, a forward and backward pass that sets the gradients of `parameters`.
 
-    `work` takes and returns tensors on the GPU, never waits for the host, and makes its gradients anew. `state` returns
-    what its launches depend on beside the inputs' shapes, addresses of weights included; with a new state the first
-    calls run as usual and the next is recorded. What is drawn from PyTorch's generator is drawn anew in every replay.
-    Gradients belong to the recording: the next replay overwrites them.
+    `work` takes and returns tensors on the GPU, never waits for the host, and allocates its gradients anew. `state`
+    returns everything else that its launches depend on, besides the inputs' shapes: modes, and addresses of weights.
+    After a change of state, the first calls run normally and the next one is recorded. Every replay draws new numbers
+    from PyTorch's generator. The gradients belong to the recording, so the next replay overwrites them.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class CudaGraph:
         return tuple(output.clone() for output in recording.outputs)
 
     def _run_aside(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Runs `work` on the stream that will record it, which autograd and the allocator remember."""
+        """Run `work` on the stream of the later recording, because autograd and the allocator remember the stream."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             outputs = self._work(*inputs)

@@ -15,9 +15,9 @@ WORKSPACE, REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # cuBLA
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Within, PyTorch takes algorithms without atomic sums in an order of chance. On a CPU nothing needs to change.
+    """Within this context, PyTorch avoids algorithms whose sums depend on the order of threads. A CPU needs no change.
 
-    Enter it before the first matmul on the GPU. Raises UserError for an operation that has no such algorithm.
+    Enter it before the first matmul on the GPU. Raises UserError for an operation without a deterministic algorithm.
     """
     if device.type != "cuda":
         yield
@@ -30,7 +30,7 @@ def deterministic(device: torch.device) -> Iterator[None]:
     if before[-1] not in REPEATABLE:
         os.environ[WORKSPACE] = REPEATABLE[0]
     torch.use_deterministic_algorithms(True)
-    memory.fill_uninitialized_memory = False  # finds bugs, costs time, changes no result
+    memory.fill_uninitialized_memory = False  # it would find bugs but costs time, and results do not change
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
         yield

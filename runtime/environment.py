@@ -1,4 +1,4 @@
-"""What a reader needs to know of where a number was made."""
+"""The machine, versions and commit behind a number."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment(on_gpu: bool | None = None) -> dict[str, str]:
-    """Device (of several GPUs, the first one's name), versions and commit, for a log or a row of a table.
+    """Device, versions and commit, for a log or a row of a table. With several GPUs, the first one is named.
 
-    `on_gpu`: by default whether there is one.
+    `on_gpu` says whether the GPU is the device; by default it is if there is one.
     """
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     return {
@@ -39,7 +39,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The checkout's, and whether its files differ from that; "unknown" without git, or where this is no checkout."""
+    """The checkout's commit, and whether its files have changed since; "unknown" without git or outside a checkout."""
     if not (ROOT / ".git").exists():  # a folder around this one may be a checkout of something else
         return "unknown"
     git = ["git", "-C", str(ROOT)]

@@ -1,4 +1,4 @@
-"""One process at a time writes into a directory."""
+"""Files that several processes may touch: one writer per directory, and content that is replaced as a whole."""
 
 from __future__ import annotations
 
@@ -14,10 +14,26 @@ from runtime.errors import UserError
 
 
 @contextmanager
-def exclusive(directory: Path, option: str) -> Iterator[None]:
-    """Makes `directory`, which the user gave by `option`. Raises UserError if it cannot, or another process is there.
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, beside `path`, whose place it takes on leaving.
 
-    The lock is POSIX's: it ends with the process, also where loaders' processes outlive that for a while.
+    A reader, also one after a crash, finds the old content or the new one. After an error the old one stays.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def exclusive(directory: Path, option: str) -> Iterator[None]:
+    """Make `directory`, which the user gave with `option`, and keep other runs out of it.
+
+    Raises UserError if it cannot be made or another process holds it. The lock is POSIX's, so it ends with the process,
+    even if loader processes live a little longer.
     """
     path = directory / ".lock"
     try:
@@ -38,8 +54,8 @@ def _locked(lock: TextIO, path: Path) -> bool:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # else this file system has no locks
-    # Who held it before may have removed it meanwhile, and a third process may have made it anew.
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # otherwise the file system has no locks
+    # The previous holder may have removed the file meanwhile, and a third process may have made a new one.
     try:
         return os.path.samestat(path.stat(), os.fstat(lock.fileno()))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 end a run at its next step, on all processes at the same one."""
+"""SIGTERM and SIGUSR1 end a run after its next step, the same one in all processes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch
 from runtime import processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-SAME_SIGNAL = 1.0  # seconds: a scheduler signals every process, and torchrun passes on what it got
-AGREE_EVERY = 10  # steps; with several processes each agreement waits for all of them and for the device
+SAME_SIGNAL = 1.0
+"""Seconds within which signals count as one: a scheduler signals every process, and torchrun passes its own on."""
+AGREE_EVERY = 10
+"""Steps between two agreements of several processes, each of which waits for all of them and for the device."""
 
 
 class Interrupts:
-    """Within `with`, remembers the first signal. A second one, more than a second later, ends the process at once."""
+    """A context that remembers the first signal. A second one, over a second later, ends the process at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -41,9 +43,9 @@ class Interrupts:
             signal.raise_signal(number)
 
     def agreed(self, step: int | None = None) -> bool:
-        """Whether any process has got a signal; all of them must ask alike.
+        """Whether any process has received a signal. Every process must call it at the same step.
 
-        Several processes look only at each `AGREE_EVERY`th `step`, or without one.
+        Several processes communicate only at every `AGREE_EVERY`th `step`, or if no step is given.
         """
         if processes.world_size() == 1:
             return self.received is not None
@@ -54,6 +56,6 @@ class Interrupts:
 
 
 def leave_to_parent(worker: int) -> None:
-    """A loader's process: signals that a scheduler sends to all processes must not end it before its parent."""
+    """Make a loader process ignore the signals that a scheduler sends to all processes: its parent ends first."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

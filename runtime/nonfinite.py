@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: which ones a run skips, when it gives up, and what to tell then."""
+"""Steps whose loss or gradient is not finite: which are skipped, when a run gives up, and what the user is told."""
 
 from __future__ import annotations
 
@@ -8,46 +8,47 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantization.optim.snapshot import rng_state, set_rng_state
 from quantization.optim.step_count import Flag
 from runtime import processes
 from runtime.errors import NonFiniteSteps
+from runtime.rng import rng_state, set_rng_state
 
-MOST_IN_A_ROW = 10  # skipped steps after which a run stops; at its end a whole epoch of them is enough
+MOST_IN_A_ROW = 10
+"""Skipped steps in a row after which a run stops. At the end of a run, one whole epoch of them is enough."""
 
 
 @dataclass
 class Step:
-    """One training step, for the report in case that it is the last one."""
+    """One training step, kept for the report in case the run stops after it."""
 
     images: Tensor
     """As the loader gave them."""
     loss: Tensor
     norms: Tensor
-    """Of the gradients, by parameter."""
+    """Norm of each parameter's gradient."""
     place: str
-    """Where in the run it is, with the learning rate."""
+    """Position in the run, and the learning rate."""
     in_a_row: int = 0
-    """Skipped steps up to this one, once that is known."""
+    """Number of consecutive skipped steps up to this one, once it is known."""
 
 
 class Skips:
     """Decides which steps are skipped, and counts them.
 
-    The decision is taken and used on the device. The host learns of it one step later, while the device works at the
-    next step, so that neither waits for the other.
+    The device makes the decision and uses it. The host reads it one step later, while the device works on the next
+    step, so neither waits for the other.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        """Skipped steps since whoever reports them has set it to 0."""
+        """Skipped steps since the count was last reset to 0 by its reader."""
         self.in_a_row = 0
         self._unknown: tuple[Step, Flag] | None = None
 
     def decide(self, step: Step) -> Tensor:
         """1.0 if the step must be skipped, else 0.0: fp32, a scalar, the same on all processes.
 
-        A norm of all gradients that is beyond fp32 counts as not finite: Adam's second moment would be, too.
+        A norm of all gradients beyond fp32 counts as non-finite, because Adam's second moment would overflow as well.
         """
         norm = torch.linalg.vector_norm(step.norms)
         skip = processes.any_of(1 - (norm.isfinite() & step.loss.isfinite()).float())
@@ -55,7 +56,7 @@ class Skips:
         return skip
 
     def settle(self, most: int = MOST_IN_A_ROW) -> Step | None:
-        """Count the newest step, once; returns it if it is the last of `most` skipped ones in a row, or of more."""
+        """Count the newest step once. Returns it if at least `most` steps in a row were skipped, this one included."""
         if self._unknown is None:
             return None
         (step, flag), self._unknown = self._unknown, None
@@ -64,7 +65,7 @@ class Skips:
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         if self.in_a_row < most:
             return None
-        step.in_a_row, self.in_a_row = self.in_a_row, 0  # whoever goes on from here has as many to spare again
+        step.in_a_row, self.in_a_row = self.in_a_row, 0  # a run that goes on from here may skip as many again
         return step
 
     def state_dict(self) -> dict[str, int]:
@@ -75,9 +76,9 @@ class Skips:
 
 
 def report(model: nn.Module, step: Step, device: torch.device) -> NonFiniteSteps:
-    """What to tell of the last skipped step. All processes must call it; it speaks of the first one that has a cause.
+    """The message about the last skipped step. Every process must call it; the lowest cause found is reported.
 
-    Sends the step's images through the model once more, in the mode in which it is, within the caller's autocast.
+    It sends the step's images through the model once more, in its present mode and the caller's autocast.
     """
     output = first_output_that_is_not_finite(model, step.images.to(device))
     loss = float(step.loss)
@@ -99,7 +100,7 @@ def report(model: nn.Module, step: Step, device: torch.device) -> NonFiniteSteps
 
 @torch.no_grad()
 def first_output_that_is_not_finite(model: nn.Module, images: Tensor) -> str | None:
-    """Name of the first module whose output holds a NaN or Inf; running statistics and generators stay as they are."""
+    """The first module whose output holds a NaN or Inf. Running statistics and random generators are restored."""
     found: list[str] = []
 
     def look(name: str):
@@ -113,7 +114,7 @@ def first_output_that_is_not_finite(model: nn.Module, images: Tensor) -> str | N
     saved, generators = [tensor.clone() for tensor in statistics], rng_state()
     handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
     try:
-        with torch.compiler.set_stance("force_eager"):  # a compiled model would not see the hooks
+        with torch.compiler.set_stance("force_eager"):  # hooks do not run in compiled code
             model(images)
     finally:
         for handle in handles:
@@ -125,6 +126,6 @@ def first_output_that_is_not_finite(model: nn.Module, images: Tensor) -> str | N
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """What forward passes in training mode change: the buffers of batch norms. Transformers have none."""
+    """The buffers of batch norms, which a forward pass in training mode changes. Transformers have none."""
     norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
     return [tensor for norm in norms for tensor in norm.buffers(recurse=False)]

@@ -6,6 +6,7 @@ import gc
 import inspect
 import os
 import time
+import traceback
 from collections.abc import Iterable
 from datetime import timedelta
 from functools import lru_cache
@@ -52,10 +53,10 @@ def start(device_type: str) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the process group and wait for its threads; models that communicate by it should be gone.
+    """Leave the process group and wait for its threads. No model should communicate through it any more.
 
-    A thread of gloo's lets go of a collective's tensors a moment after the collective has returned. Where that is while
-    Python shuts down, the process ends by SIGABRT instead of its exit code (pytorch/pytorch#190489).
+    Gloo's threads release the tensors of a collective shortly after it has returned. If Python is shutting down by
+    then, the process ends with SIGABRT instead of its exit code (pytorch/pytorch#190489).
     """
     if not dist.is_initialized():
         return
@@ -67,8 +68,8 @@ def stop() -> None:
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """`model` on several processes; its buffers, averages and counters that advance alike, are not sent around."""
-    # The name of newer versions, which warn of the old one.
+    """DDP around `model`. Buffers are not broadcast: averages and counters advance alike in every process."""
+    # Newer releases of PyTorch renamed the argument and warn about the old name.
     names = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     device_ids = [device.index] if device.type == "cuda" else None
@@ -76,7 +77,7 @@ def data_parallel(model: nn.Module, device: torch.device) -> DistributedDataPara
 
 
 def check_same_parameters(model: nn.Module) -> None:
-    """Raises ValueError unless `model` trains parameters of the same names and shapes in all processes; all call it."""
+    """Raises ValueError if processes train parameters of different names or shapes. Every process must call it."""
     trained = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
     if any(theirs != trained for theirs in gather(trained)):
         raise ValueError("all processes must train the same parameters, got other names or shapes in one of them")
@@ -104,7 +105,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 def average(tensors: list[Tensor]) -> None:
     """Mean over several processes, in place, of tensors of one dtype on one device.
 
-    Of two processes it has the bits of DDP's; of more, DDP's buckets may be summed in another order.
+    With two processes the bits are those of DDP. With more, DDP's buckets may be summed in another order.
     """
     together = torch.cat([tensor.flatten() for tensor in tensors]).mul_(1 / world_size())
     dist.all_reduce(together)
@@ -113,7 +114,7 @@ def average(tensors: list[Tensor]) -> None:
 
 
 def any_of(flag: Tensor) -> Tensor:
-    """The largest of all processes' flags, in place."""
+    """The maximum of all processes' flags, in place."""
     if dist.is_initialized():
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return flag
@@ -121,7 +122,7 @@ def any_of(flag: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_from_main(tensors: Iterable[Tensor], device: torch.device) -> None:
-    """Overwrite `tensors` by the main process's, one after the other by way of `device`."""
+    """Overwrite `tensors` with those of the main process. They travel one at a time through `device`."""
     if not dist.is_initialized():
         return
     for tensor in tensors:
@@ -131,7 +132,7 @@ def copy_from_main(tensors: Iterable[Tensor], device: torch.device) -> None:
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here."""
+    """Return when every process has called it."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -155,7 +156,7 @@ def gather(value: T) -> list[T]:
 
 
 def all_gather(values: Tensor) -> Tensor:
-    """`values`, alike in shape everywhere, of every process, stacked by rank."""
+    """The `values` of every process, stacked by rank. They must have the same shape everywhere."""
     if not dist.is_initialized():
         return values.unsqueeze(0)
     parts = [torch.empty_like(values) for _ in range(world_size())]
@@ -164,9 +165,10 @@ def all_gather(values: Tensor) -> Tensor:
 
 
 def first_to_report(failure: str) -> bool:
-    """Tell the other ranks that this one fails; False if another one has failed by the same message.
+    """Tell the other ranks that this one fails. Returns False if another one has failed with the same message.
 
-    Works without a process group, and where the group is broken: torchrun's own store is asked. True without torchrun.
+    It asks torchrun's own store, so it works without a process group or with a broken one. Without torchrun it returns
+    True.
     """
     store = _store()
     if store is None:
@@ -174,7 +176,7 @@ def first_to_report(failure: str) -> bool:
     try:
         store.set(_key(_FAILED), "")
         return store.add(_key(failure), 1) == 1
-    except RuntimeError:  # the store has gone with its node
+    except RuntimeError:  # the store's node has gone
         return True
 
 
@@ -188,7 +190,7 @@ def another_has_failed() -> bool:
 
 
 def _key(text: str) -> str:
-    """A store outlives its processes where torchrun starts them again."""
+    """The store outlives its processes if torchrun restarts them, so keys carry the number of restarts."""
     return f"tetrajet/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{text}"
 
 
@@ -201,3 +203,19 @@ def _store() -> dist.TCPStore | None:
         return dist.TCPStore(host, port, is_master=False, timeout=_STORE_TIMEOUT, wait_for_workers=False)
     except RuntimeError:
         return None
+
+
+def say(message: str) -> None:
+    """One line on the terminal, from the main process."""
+    if is_main():
+        print(message, flush=True)
+
+
+def end_loaders(error: BaseException | None) -> None:
+    """End the loader processes that are still alive after `error`. They ignore SIGTERM, so Python would wait for them.
+
+    They end when their iterator is deleted, which the frames of the traceback still hold.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

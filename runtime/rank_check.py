@@ -1,7 +1,7 @@
-"""`--check-ranks`: do all processes still hold the same numbers?
+"""`--check-ranks` compares the weights of all processes.
 
-Ranks that train in parallel start alike and do alike, so their weights stay the same bit for bit. Where they do not
-(a fault in memory or on the wire, or a bug), training goes on with gradients of different models, and nothing shows.
+Ranks that train in parallel start with the same weights and apply the same updates, so their bits stay equal. After a
+fault in memory or in the network, or a bug, training would go on with gradients of different models, unnoticed.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class RankCheck:
     """Compares weights, Q-EMA averages, other buffers and Q-Ramping's periods between processes.
 
-    Sharded tensors are left out: no two processes hold the same part of them.
+    Sharded tensors are left out, because every process holds another part of them.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, every: int, step: int = 0) -> None:
-        """`every` how many steps to compare; `step` is how many the run has done."""
+        """Compare after `every` steps; `step` is the number of steps that the run has done."""
         self.model, self.optimizer, self.every, self.step = model, optimizer, every, step
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Call once after every optimizer step, in all processes.
 
-        Raises RanksDiffer, the same in all of them, that names the step, the first tensor that differs and a rank.
+        Raises RanksDiffer in all of them. It names the step, the first tensor that differs, and a rank.
         """
         self.step += 1
         if self.step % self.every:
@@ -60,8 +60,8 @@ class RankCheck:
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Sum of the bit patterns of all elements as signed integers, modulo 2**64, an int64 scalar on the device.
+    """Sum of all elements' bit patterns as signed integers modulo 2**64: an int64 scalar on the device.
 
-    One changed element always shows.
+    A single changed element always changes the sum.
     """
     return tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)

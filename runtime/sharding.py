@@ -1,4 +1,7 @@
-"""Sharding (FSDP2): every process keeps a part of weights, averages and optimizer states, for models that do not fit.
+"""Shards whole models over processes (FSDP2), for models that do not fit on one GPU, and gathers them for checkpoints.
+
+Every process keeps a part of weights, averages and optimizer states. `quantization/shards.py` handles single sharded
+tensors, for the quantizers and optimizers that work on this process's part.
 
 Parameters are sharded along their first axis between the steps and gathered, one block at a time, for the forward and
 backward passes. They stay fp32 on the way, so a layer quantizes the very weights that it would quantize unsharded.
@@ -42,7 +45,7 @@ def is_sharded_model(model: nn.Module) -> bool:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules in every list of the name that timm gives to the list of a model's blocks."""
+    """The transformer blocks: the children of every module that timm names `blocks`."""
     lists = (module for name, module in model.named_modules() if name.rpartition(".")[2] == "blocks")
     return [block for found in lists for block in found.children()]
 
@@ -51,7 +54,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 def gathered(state: object) -> object:
     """A nest of dicts and lists with every sharded tensor gathered, on the CPU.
 
-    All processes must call it; only the main one gets the gathered tensors, the others None in their places.
+    All processes must call it. The main one gets the gathered tensors, the others get None in their places.
     """
     if isinstance(state, dict):
         return {name: gathered(part) for name, part in state.items()}
@@ -64,13 +67,13 @@ def gathered(state: object) -> object:
 
 
 def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """`model.load_state_dict` of gathered tensors, into a model that may be sharded."""
+    """Load gathered tensors into a model that may be sharded."""
     own = model.state_dict()
     model.load_state_dict({name: _placed_like(value, own.get(name)) for name, value in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """`optimizer.load_state_dict` of gathered tensors, for parameters that may be sharded."""
+    """Load gathered tensors into an optimizer whose parameters may be sharded."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     placed = {
         index: {name: _placed_like(value, parameters[index]) for name, value in of_parameter.items()}
@@ -80,7 +83,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def _placed_like(value: object, tensor: Tensor | None) -> object:
-    """`value` sharded as `tensor` is, if it has its shape; every process has the whole value."""
+    """`value`, which every process has as a whole, sharded like `tensor` if their shapes agree."""
     if not isinstance(tensor, DTensor) or not isinstance(value, Tensor) or value.shape != tensor.shape:
         return value
     whole = value.detach().to(tensor.device)

@@ -32,6 +32,9 @@ from quantization import (
     quantize_mx,
 )
 from tracking.oscillation_csv import read
+from training.losses import OutputLoss
+
+CROSS_ENTROPY = OutputLoss(nn.CrossEntropyLoss())
 
 METHODS = {
     "none": RECIPES["none"],
@@ -107,7 +110,7 @@ def test_every_combination_trains_as_in_plain_lines(method, micro_batches, clip_
     wanted = in_plain_lines(plain, method, micro_batches, clip_grad)
     step = TrainStep(
         model,
-        nn.CrossEntropyLoss(),
+        CROSS_ENTROPY,
         optimizer_of(method, model),
         torch.device("cpu"),
         clip_grad=clip_grad,
@@ -128,7 +131,7 @@ class TestAccumulation:
     def gradients(self, recipe: Recipe, micro_batches: int, count: int) -> tuple[float, Tensor]:
         model = build(recipe, drop_path=0.0)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        step = TrainStep(model, nn.CrossEntropyLoss(), optimizer, torch.device("cpu"), accumulate_steps=micro_batches)
+        step = TrainStep(model, CROSS_ENTROPY, optimizer, torch.device("cpu"), accumulate_steps=micro_batches)
         loss, correct = step(*batches(count))
         with torch.no_grad():
             images, labels = batches(count)[0]
@@ -158,7 +161,7 @@ class TestAccumulation:
             model = build(RECIPES["none"], drop_path=0.0)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
             options = {"mixup": Mixup(0.8, 0.0, num_classes=10), "accumulate_steps": micro_batches}
-            step = TrainStep(model, SoftTargetCrossEntropy(), optimizer, torch.device("cpu"), **options)
+            step = TrainStep(model, OutputLoss(SoftTargetCrossEntropy()), optimizer, torch.device("cpu"), **options)
             np.random.seed(0)
             losses.append(step(*batches(6))[0].item())
         images, labels = batches(6)[0]
@@ -188,12 +191,12 @@ class TestAccumulation:
         (images, labels), *_ = batches(4)
         batch = torch.cat((images, images)), torch.cat((labels, labels))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        step = TrainStep(model, nn.CrossEntropyLoss(), optimizer, torch.device("cpu"), accumulate_steps=2)
+        step = TrainStep(model, CROSS_ENTROPY, optimizer, torch.device("cpu"), accumulate_steps=2)
         for done in (1, 2):
             step(batch)
             assert len(quantized) == len(weights) * done * (2 if stochastic else 1)
         assert not torch.equal(gradients[0], gradients[1])
-        assert all(layer._cache is None for layer in quant_linears(model).values())
+        assert all(layer.weight_cache is None for layer in quant_linears(model).values())
 
     def test_ranks_average_after_the_last_micro_batch(self):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -209,7 +212,7 @@ class TestAccumulation:
             alone = build(Recipe())
             for m, training in ((parallel, model), (alone, alone)):
                 optimizer = torch.optim.AdamW(training.parameters())
-                step = TrainStep(m, nn.CrossEntropyLoss(), optimizer, torch.device("cpu"), accumulate_steps=3)
+                step = TrainStep(m, CROSS_ENTROPY, optimizer, torch.device("cpu"), accumulate_steps=3)
                 torch.manual_seed(5)
                 for i, batch in enumerate(batches(6, 6)):
                     step(batch)
@@ -221,7 +224,7 @@ class TestAccumulation:
     def test_detection_leaves_no_trace(self):
         model = build(Recipe().with_q_ema(0.9), checkpointed=True)
         optimizer = optimizer_of("both", model)
-        step = TrainStep(model, nn.CrossEntropyLoss(), optimizer, torch.device("cpu"), accumulate_steps=2)
+        step = TrainStep(model, CROSS_ENTROPY, optimizer, torch.device("cpu"), accumulate_steps=2)
         step(*batches(4))
         before, generator = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
         ratios = detect_oscillation(model, optimizer, step, batches(4, 3), steps=5)
@@ -354,7 +357,7 @@ class TestLastBatch:
         wanted = (-soft * F.log_softmax(model(images), dim=1)).sum(dim=1).mean().item()
         mixup = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=10)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        step = TrainStep(model, SoftTargetCrossEntropy(), optimizer, torch.device("cpu"), mixup=mixup)
+        step = TrainStep(model, OutputLoss(SoftTargetCrossEntropy()), optimizer, torch.device("cpu"), mixup=mixup)
         np.random.seed(0)
         before = np.random.get_state()[1].copy()
         loss, _ = step((images, labels))

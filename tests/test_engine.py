@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from datasets import LEFT_OUT
+from data.image_files import LEFT_OUT
 from engine import TrainStep, autocast, evaluate, train_one_epoch
 from quantization import RampingAdamW
+from training.losses import OutputLoss
 
 OPTIMIZERS = [torch.optim.AdamW, RampingAdamW]
 
@@ -20,7 +21,9 @@ OPTIMIZERS = [torch.optim.AdamW, RampingAdamW]
 def build(optimizer: type[torch.optim.Optimizer], clip_grad: float, device: torch.device) -> TrainStep:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).to(device)
-    return TrainStep(model, nn.CrossEntropyLoss(), optimizer(model.parameters(), lr=0.1), device, clip_grad=clip_grad)
+    return TrainStep(
+        model, OutputLoss(nn.CrossEntropyLoss()), optimizer(model.parameters(), lr=0.1), device, clip_grad=clip_grad
+    )
 
 
 @pytest.fixture
@@ -72,7 +75,7 @@ def test_as_torchs_own_over_several_steps(optimizer, batch, device):
         ours(batch)
         reference.optimizer.zero_grad()
         with autocast(device):
-            loss = reference.criterion(reference.model(batch[0]), batch[1])
+            loss = reference.criterion(batch[0], reference.model(batch[0]), batch[1])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(reference.model.parameters(), 0.3)
         reference.optimizer.step()
@@ -152,7 +155,7 @@ def test_an_epoch_reports_the_means_over_its_images(batch_size, device):
     """The labels have ranks 1, 5, 6, 1 and 2, so two of five images are right, whatever the size of the last batch."""
     labels, ranks = [3, 0, 7, 4, 6], [1, 5, 6, 1, 2]
     model = Shifted().to(device)
-    step = TrainStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.0), device)
+    step = TrainStep(model, OutputLoss(nn.CrossEntropyLoss()), torch.optim.SGD(model.parameters(), lr=0.0), device)
     loader = loader_of(ranked(labels, ranks).float(), labels, batch_size)
     numbers = train_one_epoch(step, loader, 0, 1, lambda: None)
     assert numbers["train_loss"] == pytest.approx(15 / 5 * math.log(2), rel=1e-5)

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-import main as program
-from datasets import read_idx
+from data.in_memory import read_idx
 from main import main
 from runtime.errors import UserError
+from training import setup
 from training.options import build_parser, parse_args
 
 VALUES = ["", "-1", "0", "1", "2", "3", "7", "32", "0.5", "1e-3", "nan", "inf", "-inf", "1e400", "99999999999999999999"]
@@ -98,8 +98,8 @@ def test_random_command_lines_parse_or_are_refused(capsys):
     for _ in range(1500):
         command = random_command(generator)
         try:
-            args = parse_args(command)
-            assert args.batch_size % args.accumulate_steps == 0
+            training = parse_args(command).training
+            assert training.batch_size % training.accumulate_steps == 0
         except UserError as error:
             refused += 1
             assert str(error).isprintable() or "\n" in "".join(command) or "\udcff" in "".join(command), command
@@ -113,7 +113,7 @@ def test_random_command_lines_parse_or_are_refused(capsys):
 def test_random_command_lines_that_build_everything(capsys, monkeypatch):
     """Up to where training would begin: recipe, data, model, weights."""
     begun = []
-    monkeypatch.setattr(program, "train", lambda *arguments: begun.append(arguments))
+    monkeypatch.setattr(setup, "train", lambda *arguments: begun.append(arguments))
     generator, done = random.Random(1), 0
     Path("a-file").write_bytes(b"no weights")
     while done < 120:
@@ -126,7 +126,7 @@ def test_random_command_lines_that_build_everything(capsys, monkeypatch):
 
 
 def test_mutations_of_a_command_that_works(capsys, monkeypatch):
-    monkeypatch.setattr(program, "train", lambda *arguments: None)
+    monkeypatch.setattr(setup, "train", lambda *arguments: None)
     works = [*RUN, "--q-ema", "--q-ema-beta", "0.9", "--clip-grad", "1", "--aa", "none", "--accumulate-steps", "2"]
     generator = random.Random(2)
     assert outcome(works, capsys) == 0
@@ -172,7 +172,7 @@ def damaged(content: bytes, generator: random.Random) -> bytes:
 @pytest.mark.parametrize("option", ["--resume", "--finetune"])
 def test_damaged_checkpoints(option, checkpoint_bytes, capsys, monkeypatch):
     """What damage leaves readable may be evaluated, everything else is refused."""
-    monkeypatch.setattr(program, "evaluate", lambda *arguments: {"acc1": 0.0})
+    monkeypatch.setattr(setup, "evaluate", lambda *arguments: {"acc1": 0.0})
     generator, codes = random.Random(3), []
     for _ in range(60):
         Path("damaged.pth").write_bytes(damaged(checkpoint_bytes, generator))
@@ -187,7 +187,7 @@ JUNK = [None, 0, -1, 2**70, 1.5, "x", [], {}, (), torch.zeros(0), torch.zeros(3,
 
 def test_checkpoints_of_another_structure(checkpoint_bytes, capsys, monkeypatch):
     """Each part of a finished run's checkpoint replaced by something else: refused, or not needed any more."""
-    monkeypatch.setattr(program, "evaluate", lambda *arguments: {"acc1": 0.0})
+    monkeypatch.setattr(setup, "evaluate", lambda *arguments: {"acc1": 0.0})
     content = torch.load(io.BytesIO(checkpoint_bytes), weights_only=True)
     generator = random.Random(4)
     for part in sorted(content.keys() - {"epoch", "best_acc1", "scheduler"}):

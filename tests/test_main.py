@@ -21,16 +21,18 @@ from PIL import Image
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-import datasets
 import main as program
 import timm
+from data.in_memory import Digits
 from datasets import DataConfig, build_loaders
 from main import main
 from quantization import RECIPES, Quantizer, RampingAdamW, Recipe, quantize_mx
 from tracking import laboratory, oscillation_csv
-from training import checkpoint, loop
-from training.options import build_parser, build_recipe, parse_args
+from training import checkpoint, loop, setup
+from training.models import build_model
+from training.options import build_parser, parse_args
 from training.run_log import table_row
+from training.setup import build_recipe
 
 TABLE_5 = list(product(("stochastic", "nearest"), ("double", "direct"), ("truncation_free", "floor")))
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -87,13 +89,13 @@ def digits(input_size: int = 8) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
 @pytest.fixture
 def few_digits(monkeypatch):
     """DIGITS has 24 training images and 12 held-out ones."""
-    whole = datasets._IN_MEMORY["DIGITS"]
+    whole = Digits.arrays
 
-    def few(root: None, download: bool, train: bool) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = whole(root, download, train)
-        return (images[:24], labels[:24]) if train else (images[:12], labels[:12])
+    def few(self: Digits, training: bool) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = whole(self, training)
+        return (images[:24], labels[:24]) if training else (images[:12], labels[:12])
 
-    monkeypatch.setitem(datasets._IN_MEMORY, "DIGITS", few)
+    monkeypatch.setattr(Digits, "arrays", few)
 
 
 def quantized(x: Tensor, scaling: str | None, ema: Tensor | None = None) -> Tensor:
@@ -488,7 +490,7 @@ MISTAKES = {
     "osci-reset alone": (["--osci-reset"], r"--osci-reset needs quantized weights, got --quant none"),
     "two answers": (
         ["--quant", "mxfp4", "--q-ema", "--freeze", "0.01"],
-        r"--q-ema and --freeze answer oscillation each in its own way, no paper joins them; drop one",
+        r"--q-ema and --freeze are two remedies for oscillation that no paper combines; drop one",
     ),
     "freeze at one oscillation": (
         ["--quant", "mxfp4", "--freeze", "0.001"],
@@ -589,9 +591,7 @@ MISTAKES = {
 )
 def test_what_does_not_go_with_sharded_weights(options, named, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    fails(
-        ["--fsdp", *options], f"--fsdp shards the weights, and {named} has no way with sharded ones; drop one", capsys
-    )
+    fails(["--fsdp", *options], f"--fsdp shards the weights, and {named} needs whole ones; drop one", capsys)
 
 
 def test_sharded_weights_are_not_recorded(monkeypatch, capsys):
@@ -693,13 +693,13 @@ class TestMistakes:
 
     def test_another_process_was_there_until_now(self, monkeypatch, capsys):
         assert main([*TINY, "--epochs", "1", "--output-dir", "out"]) == 0
-        build = program.build_criterion
+        build = setup.build_criterion
 
         def slow(*arguments):
             os.utime("out/checkpoint.pth")  # written again, between our look at it and the lock
             return build(*arguments)
 
-        monkeypatch.setattr(program, "build_criterion", slow)
+        monkeypatch.setattr(setup, "build_criterion", slow)
         before = {p: p.read_bytes() for p in Path("out").iterdir() if p.is_file()}
         arguments = [*TINY, "--epochs", "1", "--track-oscillation", "--output-dir", "out", "--resume", "auto"]
         monkeypatch.setattr(checkpoint.Run, "restore", lambda self, state: None)  # else it would be done already
@@ -826,12 +826,12 @@ def test_switches_make_the_rows_of_table_5(rounding, operands, scaling):
     forward, backward = Quantizer(scaling=scaling), Quantizer(scaling=scaling, rounding=rounding)
     wanted = Recipe(forward, forward, *[backward] * 4, double=operands == "double")
     for quant in ("mxfp4", "tetrajet", "microscaling"):
-        assert build_recipe(parse_args(["--quant", quant, *switches])) == wanted
+        assert build_recipe(parse_args(["--quant", quant, *switches]).precision) == wanted
 
 
 def test_switches_make_the_other_tables():
     def made(*switches):
-        return build_recipe(parse_args(["--quant", "mxfp4", *switches]))
+        return build_recipe(parse_args(["--quant", "mxfp4", *switches]).precision)
 
     off, e3m0 = Quantizer(enabled=False), Quantizer(element="e3m0")
     assert made("--quantizers", "q6,q5,q4,q3") == replace(Recipe(), q1=off, q2=off)  # Table 6
@@ -843,13 +843,13 @@ def test_switches_make_the_other_tables():
 
 
 def test_defaults_are_deits_recipe_on_imagenet():
-    args = parse_args(["--data-set", "IMNET", "--data-path", "x"])
+    values = parse_args(["--data-set", "IMNET", "--data-path", "x"]).flat()
     wanted = {"model": "deit_small_patch16_224", "epochs": 90, "batch_size": 256, "lr": 5e-4, "min_lr": 1e-5}
     wanted |= {"warmup_lr": 1e-6, "warmup_epochs": 5, "weight_decay": 0.05, "drop_path": 0.1, "smoothing": 0.1}
     wanted |= {"mixup": 0.8, "cutmix": 1.0, "aa": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "reprob": 0.25}
     wanted |= {"repeats": 3, "model_ema_decay": 0.99996, "q_ema_beta": 0.998, "q_ramping_k1": 16, "q_ramping_k2": 5}
     wanted |= {"clip_grad": 0.0}
-    assert {name: getattr(args, name) for name in wanted} == wanted
+    assert {name: values[name] for name in wanted} == wanted
 
 
 @pytest.mark.parametrize(
@@ -863,7 +863,7 @@ def test_defaults_are_deits_recipe_on_imagenet():
 def test_defaults_of_swin_on_imagenet(model, drop_path):
     """Liu et al. 2021, A2.1; 90 epochs instead of 300. What they share with DeiT is DeiT's."""
     deit, swin = (
-        vars(parse_args(["--data-set", "IMNET", "--data-path", "x", *options])) for options in ([], ["--model", model])
+        parse_args(["--data-set", "IMNET", "--data-path", "x", *options]).flat() for options in ([], ["--model", model])
     )
     different = {name: value for name, value in swin.items() if value != deit[name]}
     wanted = {"model": model, "warmup_epochs": 20, "clip_grad": 5.0, "drop_path": drop_path}
@@ -872,11 +872,11 @@ def test_defaults_of_swin_on_imagenet(model, drop_path):
 
 def test_the_users_options_come_before_the_data_sets_and_those_before_the_models():
     swin = ["--model", "swin_tiny_patch4_window7_224"]
-    args = parse_args(swin)  # DIGITS
-    assert (args.clip_grad, args.warmup_epochs, args.drop_path, args.weight_decay) == (5.0, 2, 0.0, 0.05)
-    args = parse_args([*swin, "--clip-grad", "0", "--warmup-epochs", "7"])
-    assert (args.clip_grad, args.warmup_epochs, args.drop_path) == (0.0, 7, 0.0)
-    assert parse_args([]).clip_grad == 0.0  # the model of DIGITS is a DeiT
+    values = parse_args(swin).flat()  # DIGITS
+    assert [values[name] for name in ("clip_grad", "warmup_epochs", "drop_path", "weight_decay")] == [5.0, 2, 0.0, 0.05]
+    values = parse_args([*swin, "--clip-grad", "0", "--warmup-epochs", "7"]).flat()
+    assert [values[name] for name in ("clip_grad", "warmup_epochs", "drop_path")] == [0.0, 7, 0.0]
+    assert parse_args([]).training.clip_grad == 0.0  # the model of DIGITS is a DeiT
 
 
 def test_checkpoint_is_written_in_one_piece(monkeypatch, capsys):
@@ -920,15 +920,15 @@ def test_a_script_with_a_wrong_number_of_gpus():
 def test_without_drop_path_no_model_has_stochastic_depth():
     """Swin's own default is another; a model that has none takes 0."""
     for name in ("swin_tiny_patch4_window7_224", "deit_micro_patch4_32"):
-        model = program.build_model(name, 10, 224, 0.0, RECIPES["none"])
+        model = build_model(name, 10, 224, 0.0, RECIPES["none"])
         assert not any(isinstance(module, DropPath) and module.drop_prob for module in model.modules())
-        model = program.build_model(name, 10, 224, 0.2, RECIPES["none"])
+        model = build_model(name, 10, 224, 0.2, RECIPES["none"])
         assert any(isinstance(module, DropPath) and module.drop_prob for module in model.modules())
-    assert program.build_model("repvit_m0_9", 10, 224, 0.0, RECIPES["none"]).num_classes == 10
+    assert build_model("repvit_m0_9", 10, 224, 0.0, RECIPES["none"]).num_classes == 10
 
 
 def test_a_model_with_a_number_as_its_patch_size():
-    assert program.build_model("xcit_nano_12_p8_224", 10, 224, 0.0, RECIPES["none"]).num_classes == 10
+    assert build_model("xcit_nano_12_p8_224", 10, 224, 0.0, RECIPES["none"]).num_classes == 10
 
 
 OPTIMIZED = {
@@ -944,9 +944,9 @@ OPTIMIZED = {
 def test_weights_of_linears_and_of_the_patch_embedding_decay_and_nothing_else(name):
     """Biases, norms, tokens, position embeddings and the step sizes of INT4 do not decay. Other settings are DeiT's."""
     given = ["--lr", "0.004", "--weight-decay", "0.07", "--batch-size", "96", "--device", "cpu"]
-    args = parse_args(["--model", name, *OPTIMIZED[name], *given])
-    model = program.build_model(name, 10, args.input_size, 0.0, build_recipe(args))
-    optimizer = program.build_optimizer(args, model, torch.device("cpu"))
+    options = parse_args(["--model", name, *OPTIMIZED[name], *given])
+    model = build_model(name, 10, options.data.input_size, 0.0, build_recipe(options.precision))
+    optimizer = setup.build_optimizer(options, model, torch.device("cpu"))
     assert type(optimizer) is (RampingAdamW if "--q-ramping" in OPTIMIZED[name] else torch.optim.AdamW)
 
     layers = [layer for layer, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]

@@ -12,6 +12,9 @@ from torch import nn
 
 from engine import TrainStep
 from quantization import Freeze, Int4Recipe, QEma, RampingAdamW, Recipe, quant_linears, swap_linears
+from training.losses import OutputLoss
+
+CROSS_ENTROPY = OutputLoss(nn.CrossEntropyLoss())
 
 WARM_UP = 200
 MEGABYTE = 2**20
@@ -46,7 +49,7 @@ def test_memory_does_not_grow(method, steps):
     model = swap_linears(Tiny(), recipe, ("mlp.0",))
     ramping = method == "q-ema and q-ramping"
     optimizer = (RampingAdamW if ramping else torch.optim.AdamW)(model.parameters(), lr=1e-3)
-    step = TrainStep(model, nn.CrossEntropyLoss(), optimizer, torch.device("cpu"), clip_grad=1.0, accumulate_steps=2)
+    step = TrainStep(model, CROSS_ENTROPY, optimizer, torch.device("cpu"), clip_grad=1.0, accumulate_steps=2)
     after = QEma(model) if ramping else Freeze(model, steps, 0.01) if method == "freeze" else None
     losses = torch.zeros(steps)
 

@@ -1,8 +1,11 @@
-"""What `--track-oscillation` measures: the paper's sections 4 and appendix A, on the steps that training takes anyway.
+"""Runs the measurements of `--track-oscillation` during a training run (paper section 4 and appendix A).
 
-The last 30 steps of every epoch are a window. Before and within it the laboratory looks at weights between two steps
-and sends held-out images through the model as evaluation does, in fp32; it draws no random number and leaves training
-as it was, bit for bit. Outside the windows it counts steps.
+`quantization/measures/` has the formulas; this file decides when to apply them, and to what. It returns rows, which
+`oscillation_csv.py` writes.
+
+The last 30 steps of every epoch are a window. At its start and after each of its steps, the laboratory reads the
+weights and sends held-out images through the model in fp32, as evaluation does. It draws no random number, and the
+training keeps its bits. Outside the windows it only counts steps.
 """
 
 from __future__ import annotations
@@ -32,14 +35,14 @@ LATENT_BINS_PER_STEP = 4  # of the grid's smallest step
 
 
 class _Reached(Exception):
-    """The block has its output; the rest of the model need not run."""
+    """Raised when the block has its output, so that the rest of the model does not run."""
 
 
 class Laboratory:
     """Measures one training run on one process.
 
-    `dataset` gives (image, label) by index; evenly spaced images of it are the fixed input. Raises UserError for a
-    model without the linears of transformer blocks.
+    `dataset` gives (image, label) for an index; the fixed input is made of evenly spaced images. Raises UserError for
+    a model without the linears of transformer blocks.
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset, device: torch.device) -> None:
@@ -60,10 +63,10 @@ class Laboratory:
         chosen = (i * len(dataset) // count for i in range(count))
         self._images = torch.stack([dataset[i][0] for i in chosen]).to(device)
         self._weights: OscillationWindow | None = None
-        self._until_window: int | None = None  # no epoch has begun
+        self._until_window: int | None = None  # until an epoch begins
 
     def before_epoch(self, steps: int) -> None:
-        """An epoch begins, or goes on, with so many steps to come. What `load_state_dict` has restored goes on."""
+        """Call at the start of an epoch that has `steps` left. A window that `load_state_dict` restored goes on."""
         if self._until_window is not None:
             return
         self._until_window = max(0, steps - WINDOW)
@@ -84,12 +87,12 @@ class Laboratory:
         """Close the window; `step` is the number of steps since the start of the run."""
         window, steps = self._weights, self._weights.steps
         self._weights = self._until_window = None
-        if steps == 0:  # a run that went on, with a laboratory for the first time, after the epoch's last step
+        if steps == 0:  # the run was resumed after the epoch's last step, and was not tracked before
             return []
         return [Row(epoch, step, steps, *numbers) for numbers in self._measurements(window)]
 
     def state_dict(self) -> dict:
-        """Where the epoch's window is, and what it has seen."""
+        """The position of the epoch's window and what it has recorded."""
         if self._weights is None:
             return {"until_window": self._until_window}
         return {"until_window": 0, "weights": self._weights.state_dict(), "output": self._output.state_dict()}
@@ -107,7 +110,7 @@ class Laboratory:
 
     @torch.no_grad()
     def _block_output(self) -> Tensor:
-        """Of the fixed images. In fp32 also where training is in bf16, whose rounding would count as change."""
+        """The block's output for the fixed images, in fp32, because the rounding of bf16 would count as change."""
         modes = [(module, module.training) for module in self.model.modules()]
         outputs = []
 
@@ -118,7 +121,7 @@ class Laboratory:
         handle = self.model.get_submodule(self.block).register_forward_hook(stop)
         try:
             self.model.eval()
-            with torch.compiler.set_stance("force_eager"):  # a compiled model would not see the hook
+            with torch.compiler.set_stance("force_eager"):  # hooks do not run in compiled code
                 self.model(self._images)
         except _Reached:
             pass
@@ -130,7 +133,7 @@ class Laboratory:
 
     @torch.no_grad()
     def _measurements(self, window: OscillationWindow):
-        """(measure, where, x, value) of everything measured; here the host waits for the device."""
+        """Yields (measure, where, x, value) of everything measured. The host waits for the device here."""
         yield from _with_mean(Measure.RATE_WEIGHT, {n: path.rate_of_change() for n, path in window.weights.items()})
         yield Measure.RATE_OUTPUT, self.block, None, float(self._output.rate_of_change())
         if not window.quantized:
@@ -174,7 +177,7 @@ class Laboratory:
 
 
 def _with_mean(measure: Measure, by_layer: dict[str, Tensor], sizes: dict[str, int] | None = None):
-    """The number of each layer, and their mean: over the weights if `sizes` tells how many each has."""
+    """Yields the mean over layers, weighted by `sizes` if given, then the number of each layer."""
     values = dict(zip(by_layer, torch.stack(list(by_layer.values())).tolist()))
     sizes = sizes or dict.fromkeys(values, 1)
     yield measure, ALL, None, sum(value * sizes[name] for name, value in values.items()) / sum(sizes.values())

@@ -1,4 +1,4 @@
-"""oscillation.csv: everything that a tracked run has measured (`laboratory.py`), one number a line.
+"""Reads and writes oscillation.csv, the file of the rows that `laboratory.py` has measured, one number per line.
 
 | column | |
 | --- | --- |
@@ -18,7 +18,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import os
 import zlib
 from collections.abc import Iterable
 from enum import Enum
@@ -26,13 +25,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime.errors import UserError
+from runtime.files import replacing
 
 FILE_NAME = "oscillation.csv"
 ALL = "all"
 
 
 class Measure(str, Enum):
-    """What a line says. Everything but the histograms has no unit."""
+    """The quantity in a line. None has a unit; histograms are shares."""
 
     RATE_WEIGHT = "rate_w"
     """r(W) = mean over the window's steps of ||W_t - W_(t-1)||_F / ||W_(t-1)||_F; `all`: the mean of the layers'."""
@@ -70,7 +70,7 @@ HEADER = ",".join(Row._fields) + "\n"
 
 
 def start(path: Path, epoch: int) -> None:
-    """Make the file, or drop from it the epochs from `epoch` on, which are about to be run (again).
+    """Make the file, or drop its epochs from `epoch` on, which the run is about to repeat.
 
     A reader sees the old file or the new one. Raises UserError for a file that is not ours.
     """
@@ -78,19 +78,18 @@ def start(path: Path, epoch: int) -> None:
         kept = [row for row in read(path) if row.epoch < epoch] if path.is_file() else []
     except ValueError as error:
         raise UserError(f"--track-oscillation cannot go on with its file: {error}; move it away") from error
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(HEADER + _text(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(HEADER + _text(kept), encoding="utf-8")
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows in one write; `read` and `start` leave out what a run that is killed in it might leave of a line."""
+    """Add rows in one write. `read` and `start` ignore the partial line that a killed run may leave."""
     with open(path, "ab", buffering=0) as file:
         file.write(_text(rows).encode())
 
 
 def read(path: Path) -> list[Row]:
-    """All rows, in order, of a file gzipped or not. Raises ValueError for one that is not ours, naming the line."""
+    """All rows in order; the file may be gzipped. Raises ValueError, with the line, for a file that is not ours."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
             header, *lines = list(file) or [""]

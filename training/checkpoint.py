@@ -6,56 +6,61 @@ import os
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from engine import EpochSums
-from quantization.optim.snapshot import rng_state, set_rng_state
 from runtime import processes, sharding
 from runtime.errors import UserError
-from training.run_log import LOG, say
+from runtime.files import replacing
+from runtime.rng import rng_state, set_rng_state
+from training.run_files import BEST_CHECKPOINT, LAST_CHECKPOINT, LOG
+
+if TYPE_CHECKING:
+    from engine import EpochSums
 
 FORMAT = "tetrajet-checkpoint"
 VERSION = 2
-LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
+LAST, BEST = LAST_CHECKPOINT, BEST_CHECKPOINT
 EARLIER = re.compile(r"earlier_checkpoint_([1-9]\d*)\.pth")  # 1 is the one before the last
 PARTS = ("identity", "model", "optimizer", "scheduler", "epoch", "best_acc1", "rng", "sums", "more", "within")
 
 
 class Damaged(UserError):
-    """The file is none of our checkpoints, or no longer one."""
+    """The file is not a checkpoint of this program, or is damaged."""
 
 
 @dataclass
 class Run:
-    """What a checkpoint holds: objects with a `state_dict`, and the numbers of the epoch loop."""
+    """The state of a run: objects with a `state_dict`, and the counters of the epoch loop."""
 
     identity: dict
-    """What must be the same for weights and optimizer state to mean the same: model, recipe, optimizer, ..."""
+    """Settings that must agree for the weights and the optimizer state to fit: model, recipe, optimizer, ..."""
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: object
     model_ema: nn.Module | None
+    sums: EpochSums
+    """What the epoch that has begun adds up to, on this process."""
     epoch: int = 0
     """Epochs done."""
     best_acc1: float = 0.0
     more: dict[str, object] = field(default_factory=dict)
     """Further objects with a `state_dict`, by name."""
-    sums: EpochSums = field(default_factory=EpochSums)
-    """Of the epoch that has begun."""
     within: dict[str, object] = field(default_factory=dict)
-    """Objects of the main process with a `state_dict` that matters within an epoch only."""
+    """Objects of the main process whose `state_dict` matters only within an epoch."""
     keep: int = 2
-    """How many of the last checkpoints stay, beside the best."""
+    """Number of last checkpoints that are kept, besides the best one."""
 
     def save(self, directory: Path, best: bool = False) -> None:
         """Write the last checkpoint, and the best one too if asked; all processes must call it."""
         state = self._state()
         if processes.is_main():
-            if best:  # first: the last checkpoint says that the best one is there
+            if best:  # first, because the last checkpoint refers to it
                 write(state, directory / BEST)
             write(state, directory / LAST, self.keep)
         # A rank that ends before the file is written would make torchrun end the one that writes it.
@@ -69,7 +74,7 @@ class Run:
         processes.wait_for_all()
 
     def _state(self) -> dict:
-        """Whole on the main process; all must call it."""
+        """The content of a checkpoint, complete on the main process. Every process must call it."""
         generators, sums = zip(*processes.gather((rng_state(), self.sums.state_dict())))
         model, optimizer = sharding.gathered(self.model.state_dict()), sharding.gathered(self.optimizer.state_dict())
         model_ema = None if self.model_ema is None else sharding.gathered(self.model_ema.state_dict())
@@ -90,7 +95,7 @@ class Run:
         }
 
     def restore(self, state: dict) -> None:
-        """Go on from `state`, which `load` returned. Raises UserError if this run has another number of processes."""
+        """Restore `state`, which `load` returned. Raises UserError if this run has another number of processes."""
         try:
             self._restore(state)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -101,6 +106,15 @@ class Run:
             raise UserError(
                 f"--resume needs the number of processes of the checkpoint, {len(state['rng'])}, "
                 f"got {processes.world_size()}; start as many, or start anew with --finetune"
+            )
+        ours, theirs = (
+            [len(group["params"]) for group in groups]
+            for groups in (self.optimizer.param_groups, state["optimizer"]["param_groups"])
+        )
+        if ours != theirs:
+            raise UserError(
+                f"--resume needs an optimizer with the same groups of parameters, {ours}, the checkpoint has {theirs}: "
+                "in older runs tokens and position embeddings had weight decay; start anew with --finetune"
             )
         sharding.load_model(self.model, state["model"])
         sharding.load_optimizer(self.optimizer, state["optimizer"])
@@ -113,32 +127,29 @@ class Run:
             if name in state["within"]:
                 part.load_state_dict(state["within"][name])
         self.epoch, self.best_acc1 = state["epoch"], state["best_acc1"]
-        self.sums = EpochSums(**state["sums"][processes.rank()])
+        self.sums.load_state_dict(state["sums"][processes.rank()])
         set_rng_state(state["rng"][processes.rank()])
 
 
 def write(state: dict, path: Path, keep: int = 1) -> None:
     """Put `state` into `path`, and the `keep` - 1 files that were there before into earlier_checkpoint_1.pth and so on.
 
-    A reader, and who comes after a crash of program or machine, finds the old files or the new ones, never half of
-    one; between two renames `path` may be missing, but not the one before it.
+    A reader, also one after a crash of the program or the machine, finds old files or new ones, never half a file.
+    Between two renames `path` may be missing, but then the file before it is there.
     """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        torch.save(state, temporary)
+    with replacing(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # PyTorch's, if the disk is full
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{path} could not be written: {reason}; is the disk full?") from error
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # PyTorch's, where the disk is full
-            raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}; is the disk full?") from error
-        raise
-    if keep > 1 and zipfile.is_zipfile(path):  # what was cut short is not worth a place
-        for number, earlier in reversed(_all_earlier(path.parent)):
-            if number < keep - 1:
-                os.replace(earlier, _earlier(path, number + 1))
-        os.replace(path, _earlier(path, 1))
-    os.replace(temporary, path)
+        if keep > 1 and zipfile.is_zipfile(path):  # a truncated file is not worth a place
+            for number, earlier in reversed(_all_earlier(path.parent)):
+                if number < keep - 1:
+                    os.replace(earlier, _earlier(path, number + 1))
+            os.replace(path, _earlier(path, 1))
     if path.name == LAST:
         for _, extra in _all_earlier(path.parent)[keep - 1 :]:
             extra.unlink()
@@ -156,12 +167,12 @@ def find_all(directory: Path) -> list[Path]:
 
 
 def stamps(directory: Path) -> dict[str, int]:
-    """When each checkpoint in `directory` was written, to tell whether another process has been there."""
+    """Modification time of each checkpoint in `directory`, to notice that another process has written there."""
     return {path.name: path.stat().st_mtime_ns for path in directory.glob("*.pth")}
 
 
 def holds_a_run(directory: Path) -> bool:
-    """Whether a new run in `directory` would overwrite one, be it without a checkpoint to go on from."""
+    """Whether a new run in `directory` would overwrite another one, even one without a checkpoint."""
     log = directory / LOG
     return bool(find_all(directory)) or (directory / BEST).is_file() or log.is_file() and log.stat().st_size > 0
 
@@ -171,28 +182,29 @@ def _earlier(path: Path, number: int) -> Path:
 
 
 def _all_earlier(directory: Path) -> list[tuple[int, Path]]:
-    """By number, the newest first."""
+    """Earlier checkpoints with their numbers, the newest first."""
     return sorted((int(match[1]), p) for p in directory.glob("*.pth") if (match := EARLIER.fullmatch(p.name)))
 
 
-def load_newest(paths: list[Path], identity: dict) -> tuple[Path, dict]:
-    """`load` of the first of `paths` that is an intact checkpoint; says so where that is not the first of all.
+def load_newest(paths: list[Path], identity: dict, implied: Mapping[str, object] | None = None) -> tuple[Path, dict]:
+    """Load the first of `paths` that is intact. Prints a note if that is not the first one.
 
-    Raises UserError if none is, or if it is of a run whose `identity` differs.
+    Raises UserError if none is intact, or if it belongs to a run with another `identity`.
     """
     for path, following in zip(paths, [*paths[1:], None]):
         try:
-            return path, load(path, identity)
+            return path, load(path, identity, implied)
         except Damaged:
             if following is None:
                 raise
-            say(f"note    {path} is damaged or not ours; going on from the one before, {following}")
+            processes.say(f"note    {path} is damaged or not ours; going on from the one before, {following}")
     raise ValueError("need at least one path, got none")
 
 
-def load(path: Path, identity: dict) -> dict:
+def load(path: Path, identity: dict, implied: Mapping[str, object] | None = None) -> dict:
     """The content of a checkpoint of ours, on the CPU.
 
+    An older checkpoint's identity may lack a key; `implied` has the value that was the only one then.
     Raises UserError for a file that is missing, unreadable, not ours, or of a run whose `identity` differs.
     """
     state = _read(path, whole=True)
@@ -204,6 +216,7 @@ def load(path: Path, identity: dict) -> dict:
     theirs = state.get("identity")
     if not isinstance(theirs, dict) or not isinstance(state.get("model"), dict) or not all(p in state for p in PARTS):
         raise Damaged(f"--resume found {path} damaged, parts of it are missing; give another file")
+    theirs = dict(implied or {}) | theirs
     different = [name for name in identity if _differ(identity[name], theirs.get(name))]
     if different:
         name = different[0]
@@ -243,11 +256,11 @@ def load_weights(model: nn.Module, path: Path, option: str = "--finetune", new_h
         what = f"it lacks {sorted(missing)[0]}" if missing else f"it has {unexpected[0]}, which the model lacks"
         raise UserError(f"{option} {path} does not fit the model: {what}; choose the model that it was made for")
     if kept:
-        say(f"note    {path} has no head for these classes; the model's begins at random")
+        processes.say(f"note    {path} has no head for these classes; the model's begins at random")
 
 
 def _read(path: Path, whole: bool = False) -> dict:
-    """`whole`: every byte is compared with the file's checksums, which PyTorch writes but does not read."""
+    """With `whole`, every byte is compared with the file's checksums, which PyTorch writes but does not check."""
     if not path.is_file():
         raise UserError(f"a checkpoint must be a file, got {path}, which is none")
     try:

@@ -1,4 +1,4 @@
-"""The epochs of a training run: what follows each step and each epoch, and how a run ends before its last one."""
+"""The loop over a run's epochs: what happens after each step and each epoch, and how a run stops early."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from runtime.nonfinite import MOST_IN_A_ROW
 from runtime.rank_check import RankCheck
 from tracking.laboratory import Laboratory
 from training import checkpoint
-from training.run_log import TABLE_HEAD, RunLog, say, table_row
+from training.run_log import TABLE_HEAD, RunLog, table_row
 
 
 @dataclass
@@ -49,7 +49,7 @@ class QRamping:
     interrupts: Interrupts
 
     def before_epoch(self, epoch: int) -> dict[str, float]:
-        """Raises Stopped, with everything as before, if a signal asks the run to end."""
+        """Returns numbers for the log. Raises Stopped, with everything restored, if a signal asks the run to end."""
         loader = self.loaders.calibration
         set_epoch(loader, self.data, CALIBRATION_ORDER + epoch)
         with progress(None, "detect oscillation", total=self.steps) as bar:
@@ -74,14 +74,14 @@ class QRamping:
         sums = torch.stack((oscillating.double(), sum(period.double().sum() for period in periods.values())))
         if sharding.is_sharded_model(self.model):
             processes.all_reduce_sum(sums)
-        total = sum(p.numel() for p in ratios)  # of all processes, also where each has a part
+        total = sum(p.numel() for p in ratios)  # over all processes, even if each has only a part
         oscillating, mean_period = (sums / total).tolist()
         return {"oscillating": 100 * oscillating, "mean_period": mean_period}
 
 
 @dataclass
 class Training:
-    """A run of `epochs` epochs, on from where `progress` is."""
+    """A run of `epochs` epochs that goes on from `progress`."""
 
     progress: checkpoint.Run
     step: TrainStep
@@ -89,33 +89,34 @@ class Training:
     data: DataConfig
     interrupts: Interrupts
     directory: Path
-    """Where checkpoints go."""
+    """Directory of the checkpoints."""
     epochs: int
     save_epochs: int
     """Epochs between two checkpoints."""
     save_steps: int | None
     """Steps between two more checkpoints."""
     num_parameters: int
-    """Of the whole model, for the log."""
+    """Number of parameters of the whole model, for the log."""
     q_ema: QEma | None = None
-    answer: Dampen | Freeze | OsciReset | None = None
-    """What else follows the weights after each step."""
+    remedy: Dampen | Freeze | OsciReset | None = None
+    """The remedy for oscillation that follows the weights after each step, besides Q-EMA."""
     ramping: QRamping | None = None
     laboratory: Laboratory | None = None
     check: RankCheck | None = None
     _tallies: deque[tuple[int, int | Tensor]] = field(default_factory=lambda: deque(maxlen=MOST_IN_A_ROW + 1))
     """Bad images and lost groups of the epoch so far, after each of the last steps."""
     _named: set[str] = field(default_factory=set)
-    """Paths of the bad images that the user has been told."""
+    """Paths of the bad images that were already reported."""
     _saved: tuple[int, int] | None = None
     """Epoch and step of the last checkpoint."""
 
     def run(self, log: RunLog) -> None:
-        """Raises Stopped after a signal, with a checkpoint written, and NonFiniteSteps where training diverges.
+        """Raises Stopped after a signal, with a checkpoint written, and NonFiniteSteps if training diverges.
 
-        Where steps were skipped that has one of before them; where the held-out loss ends as NaN the older ones stay.
+        If steps were skipped, the last checkpoint holds the state before them. If only the last held-out loss is not
+        finite, no checkpoint is written.
         """
-        say(TABLE_HEAD)
+        processes.say(TABLE_HEAD)
         for epoch in range(self.progress.epoch, self.epochs):
             numbers = self._train(epoch)
             self.progress.scheduler.step(epoch + 1)
@@ -123,8 +124,8 @@ class Training:
                 log.oscillation(self.laboratory.after_epoch(epoch, (epoch + 1) * len(self.loaders.train)))
             numbers |= self._evaluate()
             finite = math.isfinite(numbers["test_loss"])
-            if epoch + 1 == self.epochs and not finite:  # such an end is not saved as one
-                say(table_row(numbers, self.epochs))
+            if epoch + 1 == self.epochs and not finite:  # a run that ends so leaves no final checkpoint
+                processes.say(table_row(numbers, self.epochs))
                 raise NonFiniteSteps(
                     f"the held-out loss after the last epoch is {numbers['test_loss']}; lower --lr or warm up longer"
                 )
@@ -133,17 +134,19 @@ class Training:
             if is_best:
                 self.progress.best_acc1 = numbers["test_acc1"]
             self.progress.sums = EpochSums()
-            log.epoch(numbers)  # before the checkpoint: what is logged and not saved is dropped and logged again
+            log.epoch(
+                numbers
+            )  # before the checkpoint: an epoch that is logged but not saved is repeated and logged again
             if self._saves_epoch(epoch):
                 self._save(is_best)
             elif is_best:
                 self.progress.save_best(self.directory)
-            say(table_row(numbers, self.epochs))
+            processes.say(table_row(numbers, self.epochs))
             if epoch + 1 < self.epochs and self.interrupts.agreed():
                 self._stop()
 
     def _train(self, epoch: int) -> dict[str, float]:
-        """The epoch's steps that are left, with the detection that precedes the first."""
+        """The remaining steps of the epoch, after the detection that precedes its first step."""
         sums = self.progress.sums
         self._tallies.clear()
         self._tallies.append((sums.bad_images, sums.lost_groups))
@@ -160,25 +163,25 @@ class Training:
             numbers = train_one_epoch(self.step, self.loaders.train, epoch, self.epochs, self._after_step, sums)
             return {"epoch": epoch} | numbers
         except NonFiniteSteps:
-            # Nothing has changed since the last good step, so the run goes on, or fails again, from there.
+            # Nothing has changed since the last good step, so a resumed run goes on, or fails again, from there.
             sums.steps = max(0, sums.steps - MOST_IN_A_ROW)
             sums.images = sums.steps * self.data.batch_size
             self.step.skips.count = max(0, self.step.skips.count - MOST_IN_A_ROW)
             sums.bad_images, sums.lost_groups = self._tallies[0]
-            self.progress.within = {}  # which saw the bad steps as steps
+            self.progress.within = {}  # its objects recorded the skipped steps
             self._save()
             raise
 
     def _after_step(self) -> None:
-        """Only the laboratory takes part in a skipped step, in which nothing moves."""
+        """Everything that follows an optimizer step. In a skipped step, only the laboratory acts."""
         sums, skip = self.progress.sums, self.step.skip
         sums.bad_images += take_bad_images(self.loaders.train)[0]
         sums.lost_groups = sums.lost_groups + take_lost_groups(self.step.device)
         self._tallies.append((sums.bad_images, sums.lost_groups))
         if self.q_ema is not None:
             self.q_ema.update(skip)
-        if self.answer is not None:
-            self.answer.update(skip)
+        if self.remedy is not None:
+            self.remedy.update(skip)
         if self.progress.model_ema is not None:
             update_average(self.progress.model_ema, self.progress.model, skip)
         if self.laboratory is not None:
@@ -186,7 +189,7 @@ class Training:
         if self.check is not None:
             self.check.after_step()
         epoch, done, num_steps = self.progress.epoch, sums.steps, len(self.loaders.train)
-        if done == num_steps and epoch + 1 == self.epochs:  # too few may be left for ten in a row
+        if done == num_steps and epoch + 1 == self.epochs:  # an epoch may have fewer steps than ten
             self.step.settle(min(num_steps, MOST_IN_A_ROW))
         if self.interrupts.agreed(None if done == num_steps else done):
             self._stop()
@@ -195,18 +198,18 @@ class Training:
             self._save()
 
     def _evaluate(self) -> dict[str, float]:
-        """What an epoch's line in the log has beside the numbers of its training."""
+        """The numbers of an epoch's log line that training itself does not give."""
         sums, device = self.progress.sums, self.step.device
         tested = evaluate(self.progress.model, self.loaders.val, device)
         numbers = {"bad_images": count_bad_images(self.loaders, self._named, sums.bad_images)}
         numbers |= {f"test_{name}": value for name, value in tested.items()}
         if self.progress.model_ema is not None:
             averaged = evaluate(self.progress.model_ema.module, self.loaders.val, device)
-            take_bad_images(self.loaders.val)  # counted above
+            take_bad_images(self.loaders.val)  # they were counted above
             numbers |= {f"ema_{name}": value for name, value in averaged.items()}
         lost_groups = int(processes.all_reduce_sum(take_lost_groups(device) + sums.lost_groups).item())
         numbers |= {"n_parameters": self.num_parameters, "lost_groups": lost_groups, **sums.extra}
-        return numbers if self.answer is None else numbers | self.answer.numbers()
+        return numbers if self.remedy is None else numbers | self.remedy.numbers()
 
     def _saves_epoch(self, epoch: int) -> bool:
         return (epoch + 1) % self.save_epochs == 0 or epoch + 1 == self.epochs
@@ -214,7 +217,7 @@ class Training:
     def _save(self, best: bool = False) -> None:
         sums = self.progress.sums
         self.step.settle()
-        sums.skipped_steps = self.step.skips.count if sums.steps else 0  # they are an epoch's
+        sums.skipped_steps = self.step.skips.count if sums.steps else 0  # the count belongs to the epoch
         self.progress.save(self.directory, best)
         self._saved = self.progress.epoch, sums.steps
 
@@ -222,7 +225,7 @@ class Training:
         epoch, steps = self.progress.epoch, self.progress.sums.steps
         if self._saved != (epoch, steps):
             self._save()
-        processes.gather(None)  # torchrun ends all processes when the first one has ended
+        processes.gather(None)  # wait: torchrun ends all processes when the first one has ended
         received = self.interrupts.received
         name = "a signal to another process" if received is None else received.name
         done = f"{epoch} epochs and {steps} steps"
@@ -230,15 +233,15 @@ class Training:
 
 
 def count_bad_images(loaders: Loaders, named: set[str], before: int = 0) -> int:
-    """Images of all processes that could not be read since the last call; says which, but for those in `named`.
+    """Number of images, over all processes, that could not be read since the last call. Reports those not in `named`.
 
-    `before` is how many more this process has counted.
+    `before` is added to this process's count.
     """
     counted = [take_bad_images(loader) for loader in (loaders.train, loaders.val)]
     total = before + sum(count for count, _ in counted)
     gathered = processes.gather((total, set().union(*(paths for _, paths in counted))))
     for path in sorted(set().union(*(paths for _, paths in gathered)) - named):
-        say(f"note    {path} is not a readable image and was left out")
+        processes.say(f"note    {path} is not a readable image and was left out")
         named.add(path)
     return sum(count for count, _ in gathered)
 

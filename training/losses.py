@@ -1,18 +1,37 @@
-"""The training loss: DeiT's choice by augmentation, and distillation from a teacher."""
+"""The training losses: DeiT's choice by augmentation, and distillation from a teacher.
+
+Every criterion is called with (images, outputs, targets), so that the engine need not know which one it has.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(images [batch, 3, height, width], outputs, targets) -> loss, a scalar."""
 
-def base_criterion(mixed: bool, smoothing: float) -> nn.Module:
+
+class OutputLoss(nn.Module):
+    """A criterion from a `loss` of outputs and targets alone."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(outputs, targets)
+
+
+def base_criterion(mixed: bool, smoothing: float) -> OutputLoss:
     """Cross-entropy for the targets at hand: Mixup's are soft and carry the smoothing already."""
     if mixed:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()
+        return OutputLoss(SoftTargetCrossEntropy())
+    return OutputLoss(LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss())
 
 
 class DistillationLoss(nn.Module):
@@ -22,7 +41,7 @@ class DistillationLoss(nn.Module):
     the teacher's decision. The student returns (class logits, distillation logits), each [batch, classes].
     """
 
-    def __init__(self, base: nn.Module, teacher: nn.Module, kind: str, alpha: float, tau: float) -> None:
+    def __init__(self, base: Criterion, teacher: nn.Module, kind: str, alpha: float, tau: float) -> None:
         super().__init__()
         self.base, self.teacher, self.kind, self.alpha, self.tau = base, teacher.eval(), kind, alpha, tau
 
@@ -37,4 +56,4 @@ class DistillationLoss(nn.Module):
             loss = F.kl_div(student, teacher, reduction="sum", log_target=True) * self.tau**2 / distilled.numel()
         else:
             loss = F.cross_entropy(distilled, taught.argmax(dim=1))
-        return (1 - self.alpha) * self.base(logits, targets) + self.alpha * loss
+        return (1 - self.alpha) * self.base(images, logits, targets) + self.alpha * loss

@@ -1,11 +1,10 @@
-"""Where a run's numbers go: log.txt, oscillation.csv, TensorBoardX events, DLLogger's JSON lines, the terminal."""
+"""Writes a run's numbers to log.txt, oscillation.csv, TensorBoardX events, DLLogger's JSON lines and the terminal."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import json
-import os
 from datetime import datetime
 from pathlib import Path
 
@@ -14,16 +13,16 @@ from tensorboardX import SummaryWriter
 
 from runtime import processes
 from runtime.errors import UserError
+from runtime.files import replacing
 from tracking import oscillation_csv
 from tracking.oscillation_csv import Measure, Row
-
-LOG = "log.txt"
+from training.run_files import DLLOGGER, LOG, TENSORBOARD
 
 
 class RunLog:
     """Writes on the main process only. Files are appended to, so that a resumed run continues them.
 
-    The epochs from `epoch` on are about to be run (again): log.txt and TensorBoard drop what they have of them.
+    log.txt and TensorBoard drop their epochs from `epoch` on, which the run is about to repeat.
     """
 
     def __init__(self, directory: Path, parameters: dict, epoch: int = 0) -> None:
@@ -31,8 +30,8 @@ class RunLog:
         self._active = processes.is_main()
         if self._active:
             _drop_epochs(directory / LOG, epoch)
-            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=epoch)
-            self._dllogger = _dllogger(directory / "dllogger.json")
+            self._events = SummaryWriter(str(directory / TENSORBOARD), purge_step=epoch)
+            self._dllogger = _dllogger(directory / DLLOGGER)
             self._dllogger("PARAMETER", parameters)
 
     def epoch(self, numbers: dict[str, float]) -> None:
@@ -49,7 +48,7 @@ class RunLog:
         self._events.flush()
 
     def oscillation(self, rows: list[Row]) -> None:
-        """What one epoch's window has measured: lines in oscillation.csv, TensorBoard curves and histograms."""
+        """Write one epoch's measurements as lines of oscillation.csv, TensorBoard curves and histograms."""
         if not self._active:
             return
         oscillation_csv.append(self.directory / oscillation_csv.FILE_NAME, rows)
@@ -85,7 +84,7 @@ class RunLog:
 
 
 def _drop_epochs(path: Path, first: int) -> None:
-    """Leave the lines of the epochs before `first`, without what a run that was killed has left of a line.
+    """Keep the lines of the epochs before `first`; a partial line of a killed run is dropped.
 
     Raises UserError if the file is no run's log.
     """
@@ -97,15 +96,8 @@ def _drop_epochs(path: Path, first: int) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} must be a run's log, it holds something else; move it away") from error
     if kept != lines:
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
-
-
-def say(message: str) -> None:
-    """One line on the terminal, from the main process."""
-    if processes.is_main():
-        print(message, flush=True)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
 
 TABLE_HEAD = f"{'epoch':>8} {'train loss':>11} {'test loss':>10} {'top-1 %':>8} {'top-5 %':>8} {'img/s':>8} {'lr':>8}"

@@ -119,6 +119,16 @@ def test_an_interrupted_run_goes_on_where_it_was(capsys):
     assert "resume  " in (directory / runner.OUTPUT).read_text()
 
 
+def test_seeds_and_targets_that_are_asked_for(capsys):
+    """`all` means every target; the first seed's runs come first."""
+    assert main(["pair", "--list", "--seeds", "3"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[line.index("--seed") + 1] for line in lines] == ["0", "0", "1", "1", "2", "2"]
+    assert main(["all", "--list"]) == 0
+    everything = capsys.readouterr().out.splitlines()
+    assert len(everything) == len(plan(list(TARGETS.values()), TINY, 1)) > 30
+
+
 MISTAKES = {
     "target": (["tabel9"], r"TARGET must be one of table1, .*; got 'tabel9', did you mean table9 or"),
     "no target": ([], r"TARGET must be one or more of table1, .*, or all; got none"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from datasets import DATA_SETS
 from quantization import QUANTIZERS
 from reproduction.figures import FIGURES
 from reproduction.protocols import PROTOCOLS
 from reproduction.runs import columns, plan, run_of
 from reproduction.targets import TARGETS
-from training.options import build_recipe, parse_args
+from training.options import parse_args
+from training.setup import build_recipe
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -18,11 +20,11 @@ def test_every_row_is_a_command_of_main(name, protocol, monkeypatch):
     if PROTOCOLS[protocol].needs_gpu:  # which main.py looks for
         monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for run in plan([TARGETS[name]], PROTOCOLS[protocol], seeds=1):
-        data_path = ["--data-path", "anywhere"] if PROTOCOLS[protocol].data_set != "DIGITS" else []
-        args = parse_args([*run.arguments(), *data_path])
-        assert args.model == run.setup.model and args.epochs == PROTOCOLS[protocol].epochs
-        assert args.track_oscillation == run.tracked
-        build_recipe(args)
+        data_path = ["--data-path", "anywhere"] if DATA_SETS[PROTOCOLS[protocol].data_set].needs_path else []
+        options = parse_args([*run.arguments(), *data_path])
+        assert options.model.model == run.setup.model and options.training.epochs == PROTOCOLS[protocol].epochs
+        assert options.precision.track_oscillation == run.tracked
+        build_recipe(options.precision)
 
 
 def test_rows_of_a_table_differ_and_so_do_their_recipes():
@@ -149,7 +151,7 @@ def test_labels_of_ablations_are_their_recipes():
         target = TARGETS[table]
         row = next(row for row in target.rows if row.label.partition(" (")[0] == label)
         model, setup = next(iter(columns(target, PROTOCOLS["smoke"]).items()))
-        return build_recipe(parse_args(run_of(target, row, setup, PROTOCOLS["smoke"]).arguments()))
+        return build_recipe(parse_args(run_of(target, row, setup, PROTOCOLS["smoke"]).arguments()).precision)
 
     def enabled(table: str, label: str) -> set[str]:
         recipe = recipe_of(table, label)
@@ -191,7 +193,7 @@ def test_the_papers_hyperparameters(model, name, global_batch, lr, beta, k2):
     setup = protocol.setups[model]
     assert (setup.model, setup.global_batch, setup.lr, protocol.epochs) == (name, global_batch, lr, 90)
     q_ema, q_ramping = (
-        parse_args([*run_of(table, row, setup, protocol).options, "--device", "cpu"])
+        parse_args([*run_of(table, row, setup, protocol).options, "--device", "cpu"]).precision
         for row in table.rows
         if row.label in ("TetraJet + Q-EMA", "TetraJet + Q-Ramping")
     )

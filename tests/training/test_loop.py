@@ -11,13 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-import datasets
-import main as program
 import timm
+from data.in_memory import Digits
 from datasets import DataConfig, build_loaders
 from main import main
 from quantization import Recipe
-from training import loop
+from training import loop, setup
 
 TRAINING = 12
 HELD_OUT = [0] + 3 * [1] + 2 * [2] + 4 * [3]
@@ -35,11 +34,11 @@ def few_digits() -> Iterator[None]:
     """DIGITS has 12 random training images, and held-out ones with the labels `HELD_OUT`."""
     images = np.random.default_rng(0).integers(0, 256, (TRAINING + len(HELD_OUT), 8, 8), dtype=np.uint8)
 
-    def few(root: None, download: bool, train: bool) -> tuple[np.ndarray, np.ndarray]:
-        return (images[:TRAINING], np.arange(TRAINING) % 10) if train else (images[TRAINING:], np.array(HELD_OUT))
+    def few(self: Digits, training: bool) -> tuple[np.ndarray, np.ndarray]:
+        return (images[:TRAINING], np.arange(TRAINING) % 10) if training else (images[TRAINING:], np.array(HELD_OUT))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(datasets._IN_MEMORY, "DIGITS", few)
+        patch.setattr(Digits, "arrays", few)
         yield
 
 
@@ -59,8 +58,8 @@ class Recorded:
         self.passes: list[tuple[str, set[bool]]] = []
         """The name of the model, and the modes of all its modules: True is training mode."""
         with pytest.MonkeyPatch.context() as patch:
-            build = program.build_model
-            patch.setattr(program, "build_model", lambda *arguments: self._watched(build(*arguments)))
+            build = setup.build_model
+            patch.setattr(setup, "build_model", lambda *arguments: self._watched(build(*arguments)))
             assert main([*AVERAGED, *options, "--output-dir", str(directory)]) == 0
 
     def _watched(self, model: nn.Module) -> nn.Module:

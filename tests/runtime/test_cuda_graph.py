@@ -12,6 +12,7 @@ import timm
 from engine import TrainStep
 from quantization import QEma, RampingAdamW, Recipe, detect_oscillation, quant_linears, take_lost_groups
 from runtime.cuda_graph import WARM_UP_CALLS, CudaGraph
+from training.losses import OutputLoss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 BATCH, STEPS = 32, WARM_UP_CALLS + 5
@@ -40,7 +41,7 @@ def train(
 ) -> tuple[list[torch.Tensor], TrainStep]:
     optimizer = (RampingAdamW if ramping else torch.optim.AdamW)(model.parameters(), lr=1e-3)
     options = {"cuda_graph": recorded, "accumulate_steps": micro_batches}
-    step = TrainStep(model, F.cross_entropy, optimizer, torch.device("cuda"), **options)
+    step = TrainStep(model, OutputLoss(F.cross_entropy), optimizer, torch.device("cuda"), **options)
     q_ema = QEma(model) if any(layer.use_q_ema for layer in quant_linears(model).values()) else None
     torch.manual_seed(2)
     losses = []
@@ -85,7 +86,7 @@ def test_a_last_batch_of_another_size_is_recorded_apart():
     losses = []
     for recorded in (False, True):
         optimizer = torch.optim.AdamW((model := build(Recipe())).parameters(), lr=1e-3)
-        step = TrainStep(model, F.cross_entropy, optimizer, torch.device("cuda"), cuda_graph=recorded)
+        step = TrainStep(model, OutputLoss(F.cross_entropy), optimizer, torch.device("cuda"), cuda_graph=recorded)
         torch.manual_seed(2)
         (images, labels), *_ = batches(1)
         losses.append([step((images[:n], labels[:n]))[0] for _ in range(STEPS) for n in (BATCH, 5)])

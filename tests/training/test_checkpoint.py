@@ -13,9 +13,10 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from engine import EpochSums
 from quantization import Dampen, Freeze, Int4Recipe, OsciReset, QEma, RampingAdamW, Recipe, quant_linears, swap_linears
-from quantization.optim.snapshot import rng_state, set_rng_state
 from runtime.errors import UserError
+from runtime.rng import rng_state, set_rng_state
 from training import checkpoint
 
 IDENTITY = {"model": "tiny", "recipe": "any"}
@@ -44,7 +45,9 @@ class Parts:
         elif method == "osci-reset":
             self.answer = OsciReset(self.model, STEPS, 0.1, 3, 2.0)
         more = {} if self.answer is None else {"oscillation": self.answer}
-        self.run = checkpoint.Run(IDENTITY, self.model, self.optimizer, self.scheduler, self.model_ema, more=more)
+        self.run = checkpoint.Run(
+            IDENTITY, self.model, self.optimizer, self.scheduler, self.model_ema, EpochSums(), more=more
+        )
 
     def train(self, steps: int) -> None:
         for _ in range(steps):

@@ -14,7 +14,7 @@ from torch import nn
 import timm
 from quantization import RECIPES, QuantLinear, Recipe, quant_linears
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 INSTALLED = Path(timm.__path__[1])
 BLOCK = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 

@@ -22,8 +22,9 @@ import torch
 from torchvision.datasets import ImageFolder
 
 import engine
-from data.fingerprint import fingerprint
+from data.fingerprint import fingerprint_arrays, fingerprint_files
 from main import main
+from runtime.interrupts import Interrupts
 from tracking import laboratory
 from training import checkpoint
 
@@ -306,10 +307,22 @@ class TestSignals:
         assert (saved["epoch"], [sums["steps"] for sums in saved["sums"]]) == (0, [10, 10])
         assert_same_run(Path("whole"))
 
+    def test_the_callers_handler_is_put_back(self):
+        def mine(number: int, frame: object) -> None:
+            raise AssertionError("this run's signals are not the caller's")
+
+        before = signal.signal(signal.SIGUSR1, mine)
+        try:
+            with Interrupts(torch.device("cpu")) as interrupts:
+                signal.raise_signal(signal.SIGUSR1)
+            assert interrupts.received is signal.SIGUSR1 and signal.getsignal(signal.SIGUSR1) is mine
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
     def test_a_second_signal_ends_at_once(self, environment):
         script = (
             "import signal, time, torch\n"
-            "from interrupts import SAME_SIGNAL, Interrupts\n"
+            "from runtime.interrupts import SAME_SIGNAL, Interrupts\n"
             "with Interrupts(torch.device('cpu')) as interrupts:\n"
             "    signal.raise_signal(signal.SIGTERM)\n"
             "    signal.raise_signal(signal.SIGTERM)  # as torchrun does with a signal that all have got\n"
@@ -494,7 +507,8 @@ class TestFingerprint:
             path = Path(root, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(pixels)
-        return fingerprint(ImageFolder(root))
+        files = ImageFolder(root)
+        return fingerprint_files(files.root, files.samples)
 
     def test_of_folders_follows_names_classes_and_sizes(self):
         content = {"a/1.png": b"xx", "a/2.png": b"yyy", "b/1.png": b"z"}
@@ -514,17 +528,23 @@ class TestFingerprint:
         other = [self.of_folder("all", content | {name: b"xx"}) != first for name in content]
         assert [i for i, differs in enumerate(other) if differs] == [0, 3, 6, 9]
 
-    def test_of_arrays_follows_every_byte_and_their_shape(self):
-        class InMemory:
-            def __init__(self, data, targets):
-                self.data, self.targets = data, targets
-
-            def __len__(self):
-                return len(self.data)
-
+    def test_of_arrays_follows_every_byte(self):
         pixels, labels = np.zeros((4, 3, 3), np.uint8), [0, 1, 2, 3]
         other = pixels.copy()
         other[3, 2, 2] = 1
-        pairs = (pixels, labels), (other, labels), (pixels, labels[::-1]), (pixels.reshape(4, 1, 9), labels)
-        found = [fingerprint(InMemory(*pair)) for pair in pairs]
-        assert len(set(found)) == 4 and found[0] == fingerprint(InMemory(pixels.copy(), list(labels)))
+        found = [fingerprint_arrays(*pair) for pair in ((pixels, labels), (other, labels), (pixels, labels[::-1]))]
+        found.append(fingerprint_arrays(pixels.reshape(4, 1, 9), labels))
+        assert len(set(found)) == 4 and found[0] == fingerprint_arrays(pixels.copy(), list(labels))
+
+    def test_its_text_stays_as_checkpoints_hold_it(self, tmp_path):
+        """The hashed bytes are written out here; a broken symbolic link has the size None."""
+        pixels, labels = np.arange(24, dtype=np.uint8).reshape(2, 3, 4), [7, 1]
+        content = b"uint8 (2, 3, 4)\0" + bytes(range(24)) + b"int64 (2,)\0" + struct.pack("<2q", 7, 1)
+        wanted = f"2 images, sha256 {hashlib.sha256(content).hexdigest()[:16]}"
+        assert fingerprint_arrays(pixels, labels) == wanted
+        assert fingerprint_arrays(pixels.transpose(0, 2, 1).copy().transpose(0, 2, 1), np.array(labels)) == wanted
+        (tmp_path / "x.png").write_bytes(b"12345")
+        samples = [(f"{tmp_path}/x.png", 0), (f"{tmp_path}/missing.png", 3)]
+        content = b"x.png\x000\0missing.png\x003\x005\0None\0"
+        wanted = f"2 images, sha256 {hashlib.sha256(content).hexdigest()[:16]}"
+        assert fingerprint_files(str(tmp_path), samples) == fingerprint_files(f"{tmp_path}/", samples) == wanted

@@ -11,28 +11,23 @@ import pytest
 
 from main import main
 from runtime.errors import UserError
-from training.options import build_parser, build_recipe, parse_args
+from training.options import build_parser, parse_args
+from training.setup import build_recipe
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 OPTIONS = {action.dest: action.option_strings[-1] for action in build_parser()._actions if action.dest != "help"}
-# Where options are checked and defaults filled in: to be read there alone is to have no effect on a run.
-CHECKS = ("build_parser", "parse_args", "check_low_precision", "check_nothing_in_vain", "check_processes")
 # Tests that name all options, whatever they are for.
 LISTS = ("test_options_are_these", "test_fuzz.py")
 
 
 @cache
 def read_options() -> set[str]:
-    """Options that a function of main.py or options.py other than the checks reads from `args`."""
-    trees = [ast.parse((REPOSITORY / name).read_text(encoding="utf-8")) for name in ("main.py", "options.py")]
-    functions = [node for tree in trees for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    nodes = [node for function in functions if function.name not in CHECKS for node in ast.walk(function)]
-    return {
-        node.attr
-        for node in nodes
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
-        if isinstance(node.ctx, ast.Load)
-    }
+    """Options that the code which trains or evaluates reads: those that are only parsed and checked have no effect."""
+    paths = [
+        path for path in (REPOSITORY / "training").glob("*.py") if path.name not in ("options.py", "option_rules.py")
+    ]
+    nodes = [node for path in (*paths, REPOSITORY / "main.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))]
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
 
 
 @cache
@@ -103,11 +98,11 @@ def test_another_k1_makes_other_periods(tmp_path):
 
 def test_defaults_that_papers_give():
     """TetraJet's detection and Q-EMA, TetraJet-v2's OsciReset, DeiT's soft distillation."""
-    mxfp4 = parse_args(["--quant", "mxfp4", "--q-ema", "--q-ramping"])
+    mxfp4 = parse_args(["--quant", "mxfp4", "--q-ema", "--q-ramping"]).precision
     assert (mxfp4.q_ema_beta, mxfp4.q_ramping_k1, mxfp4.q_ramping_k2, mxfp4.q_ramping_steps) == (0.998, 16, 5, 30)
-    reset = parse_args(["--quant", "mxfp4", "--osci-reset"])
+    reset = parse_args(["--quant", "mxfp4", "--osci-reset"]).precision
     assert (reset.osci_reset_threshold, reset.osci_reset_start, reset.osci_reset_interval) == (16, 0.6, None)
-    student = parse_args(["--distillation-type", "soft", "--teacher-model", "x", "--teacher-path", "y"])
+    student = parse_args(["--distillation-type", "soft", "--teacher-model", "x", "--teacher-path", "y"]).distillation
     assert (student.distillation_alpha, student.distillation_tau) == (0.5, 1.0)
 
 
@@ -127,8 +122,7 @@ ZEROS = {
 @pytest.mark.parametrize("option", ZEROS)
 def test_zero_is_a_value_of_its_own(option):
     """Not the default, which is another number."""
-    args = parse_args([*ZEROS[option], option, "0"])
-    assert getattr(args, option[2:].replace("-", "_")) == 0
+    assert parse_args([*ZEROS[option], option, "0"]).flat()[option[2:].replace("-", "_")] == 0
 
 
 @pytest.mark.parametrize(
@@ -149,8 +143,8 @@ def test_a_switch_of_a_recipe_is_never_ignored(option, value, quant):
 
 
 def test_the_recipe_has_the_users_beta():
-    args = parse_args(["--quant", "mxfp4", "--q-ema", "--q-ema-beta", "0.75"])
-    assert build_recipe(args).q_ema_beta == 0.75
+    precision = parse_args(["--quant", "mxfp4", "--q-ema", "--q-ema-beta", "0.75"]).precision
+    assert build_recipe(precision).q_ema_beta == 0.75
 
 
 @pytest.mark.parametrize("options", [["--mixup", "0.8"], ["--cutmix", "1"]])
@@ -161,8 +155,7 @@ def test_images_that_are_mixed_come_in_pairs(options):
 
 def test_a_model_of_the_users_choice_has_its_own_input_size():
     """The data set's goes with the data set's model."""
-    assert parse_args(["--data-set", "FASHION"]).input_size == 32
-    assert parse_args(["--data-set", "FASHION", "--model", "deit_tiny_patch16_224"]).input_size is None
-    assert (
-        parse_args(["--data-set", "FASHION", "--model", "deit_tiny_patch16_224", "--input-size", "64"]).input_size == 64
-    )
+    fashion, other = ["--data-set", "FASHION"], ["--model", "deit_tiny_patch16_224"]
+    assert parse_args(fashion).data.input_size == 32
+    assert parse_args([*fashion, *other]).data.input_size is None
+    assert parse_args([*fashion, *other, "--input-size", "64"]).data.input_size == 64

@@ -12,11 +12,11 @@ from training.losses import DistillationLoss, base_criterion
 
 def test_base_criterion_by_target():
     logits, labels = torch.randn(6, 5), torch.arange(6) % 5
-    assert torch.equal(base_criterion(False, 0.0)(logits, labels), F.cross_entropy(logits, labels))
+    assert torch.equal(base_criterion(False, 0.0)(None, logits, labels), F.cross_entropy(logits, labels))
     smooth = F.cross_entropy(logits, labels, label_smoothing=0.1)
-    assert torch.allclose(base_criterion(False, 0.1)(logits, labels), smooth)
+    assert torch.allclose(base_criterion(False, 0.1)(None, logits, labels), smooth)
     soft = torch.softmax(torch.randn(6, 5), dim=1)
-    assert torch.allclose(base_criterion(True, 0.1)(logits, soft), F.cross_entropy(logits, soft))
+    assert torch.allclose(base_criterion(True, 0.1)(None, logits, soft), F.cross_entropy(logits, soft))
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
@@ -25,7 +25,7 @@ def test_distillation(kind):
     teacher = nn.Linear(8, 5)
     images, labels = torch.randn(6, 8), torch.arange(6) % 5
     logits, distilled = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
-    loss = DistillationLoss(nn.CrossEntropyLoss(), teacher, kind, alpha=0.3, tau=2.0)
+    loss = DistillationLoss(base_criterion(False, 0.0), teacher, kind, alpha=0.3, tau=2.0)
     got = loss(images, (logits, distilled), labels)
     taught = teacher(images).detach()
     if kind == "soft":

@@ -1,0 +1,82 @@
+"""Builds the model that the options name, and turns what timm cannot do into one line for the user."""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from timm.layers import to_2tuple
+from torch import nn
+
+import timm
+from quantization import Int4Recipe, Recipe
+from runtime import processes
+from runtime.errors import UserError
+
+
+def model_input_size(name: str, option: str = "--model") -> int:
+    """The size in pixels that a timm model was made for. Raises UserError, with the nearest names, if it is unknown."""
+    known = timm.is_model(name) and "." not in name
+    config = timm.get_pretrained_cfg(name) if known else None  # an old name, such as xception, has none
+    if config is None:
+        near = difflib.get_close_matches(name, timm.list_models(), n=3) or ["deit_small_patch16_224"]
+        raise UserError(f"{option} must be a model of timm, got {name!r}; did you mean {', '.join(near)}?")
+    return config.input_size[-1]
+
+
+def build_model(
+    name: str, num_classes: int, input_size: int, drop_path: float, recipe: Recipe | Int4Recipe, option: str = "--model"
+) -> nn.Module:
+    """A timm model with its block linears in `recipe`; `option` is the one that named it.
+
+    Raises UserError for a model that cannot be quantized or does not take the input size.
+    """
+    own_size = model_input_size(name, option)
+    arguments = {"num_classes": num_classes, "drop_path_rate": drop_path}
+    if input_size != own_size:
+        arguments["img_size"] = input_size
+    if recipe.quantizes:
+        arguments["quant"] = recipe
+    try:
+        model = _create(name, arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        if recipe.quantizes and "quant" in str(error):
+            raise UserError(
+                "--quant needs a Vision Transformer of timm with plain blocks (deit_*, vit_*) or a Swin Transformer "
+                f"(swin_*), got --model {name}"
+            ) from error
+        if "drop_path_rate" in str(error):
+            raise UserError(f"{option} {name} has no stochastic depth, got --drop-path {drop_path}; give 0") from error
+        raise UserError(
+            f"{option} {name} cannot be built for --input-size {input_size}: {error}; its own is {own_size}"
+        ) from error
+    patch, _ = to_2tuple(getattr(getattr(model, "patch_embed", None), "patch_size", 1))
+    if input_size < patch or input_size % patch:
+        raise UserError(f"--input-size must be a multiple of {name}'s patch size {patch}, got {input_size}")
+    return model
+
+
+def _create(name: str, arguments: dict) -> nn.Module:
+    """`timm.create_model`, also for a model without stochastic depth if none is asked for."""
+    try:
+        return timm.create_model(name, **arguments)
+    except TypeError as error:
+        if arguments["drop_path_rate"] > 0 or "drop_path_rate" not in str(error):
+            raise
+    del arguments["drop_path_rate"]
+    return timm.create_model(name, **arguments)
+
+
+def checkpoint_activations(model: nn.Module, name: str) -> None:
+    """Make the blocks keep only their inputs. Raises UserError for a model that timm cannot recompute."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError, NotImplementedError) as error:
+        raise UserError(
+            f"--checkpoint-activations needs a model that timm can recompute, got --model {name}"
+        ) from error
+
+
+def share_weights(model: nn.Module, device: torch.device) -> None:
+    """All processes start from the main one's weights and buffers."""
+    processes.copy_from_main((*model.parameters(), *model.buffers()), device)

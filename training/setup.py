@@ -1,0 +1,452 @@
+"""Builds everything that the options ask for, then trains or evaluates."""
+
+from __future__ import annotations
+
+import json
+import random
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import timm
+from datasets import CALIBRATION_ORDER, BadImages, DataConfig, Loaders, build_loaders, fingerprint, set_epoch
+from engine import EpochSums, TrainStep, autocast, evaluate
+from quantization import (
+    BACKWARD,
+    FORWARD,
+    QUANTIZERS,
+    RECIPES,
+    Dampen,
+    Freeze,
+    Int4Linear,
+    Int4Recipe,
+    OsciReset,
+    QEma,
+    RampingAdamW,
+    Recipe,
+    has_fp8,
+    initialise_steps,
+    quant_linears,
+    set_matmul,
+)
+from runtime import processes, sharding
+from runtime.errors import UserError
+from runtime.files import exclusive
+from runtime.interrupts import Interrupts
+from runtime.nonfinite import running_statistics
+from runtime.processes import say
+from runtime.rank_check import RankCheck
+from tracking import oscillation_csv
+from tracking.laboratory import Laboratory
+from training import checkpoint
+from training.loop import QRamping, Training, count_bad_images
+from training.losses import Criterion, DistillationLoss, base_criterion
+from training.models import build_model, checkpoint_activations, model_input_size, share_weights
+from training.options import FIELDS, LowPrecision, Options, flag
+from training.run_log import RunLog
+
+# A resumed run must train as its first part did, so the checkpoint's identity has these. Weights can always go to
+# --finetune. `bad_images` may change: a first part that did not stop is the same either way.
+SAME_ON_RESUME = (
+    *("epochs", "batch_size", "lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "model_ema_decay"),
+    *("drop_path", "smoothing", "mixup", "cutmix", "aa", "color_jitter", "reprob", "repeats", "data_set", "seed"),
+    *("accumulate_steps", "keep_last_batch"),
+    *("clip_grad", "q_ramping_k1", "q_ramping_k2", "q_ramping_steps"),
+    *("dampen", "dampen_reduction", "freeze"),
+    *("osci_reset", "osci_reset_interval", "osci_reset_threshold", "osci_reset_start"),
+    *("distillation_type", "distillation_alpha", "distillation_tau", "teacher_model"),
+)
+OPTIMIZER, DATA = "optimizer", "data"
+"""Keys of the identity that are no options."""
+
+
+def implied_identity() -> dict[str, object]:
+    """What an identity that lacks an option means: the value that was the only one before the option existed.
+
+    An option that `needs` another one, which is off then, has no value if its type allows that.
+    """
+    implied = {OPTIMIZER: "AdamW"}
+    for name in SAME_ON_RESUME:
+        f = FIELDS[name]
+        implied[flag(name)] = None if f.metadata.get("needs") and "None" in f.type else f.default
+    return implied
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What training and evaluation both need."""
+
+    options: Options
+    device: torch.device
+    data: DataConfig
+    loaders: Loaders
+    model: nn.Module
+    identity: dict[str, object]
+    """What a checkpoint must have in common with this model."""
+
+
+def build_recipe(precision: LowPrecision) -> Recipe | Int4Recipe:
+    """The named recipe with the changes that the options ask for."""
+    recipe = RECIPES[precision.quant]
+    if isinstance(recipe, Int4Recipe):
+        return recipe
+    if precision.quantizers is not None:
+        recipe = recipe.with_only(precision.quantizers)
+    if precision.backward_operands is not None:
+        recipe = replace(recipe, double=precision.backward_operands == "double")
+    for names, change, value in (
+        (BACKWARD, "rounding", precision.backward_rounding),
+        (QUANTIZERS, "scaling", precision.scaling),
+        (FORWARD, "element", precision.forward_element),
+        (BACKWARD, "element", precision.backward_element),
+    ):
+        if value is not None:
+            recipe = recipe.with_quantizers(names, **{change: value})
+    return recipe.with_q_ema(precision.q_ema_beta) if precision.q_ema else recipe
+
+
+def data_config(options: Options, input_size: int) -> DataConfig:
+    data = options.data
+    return DataConfig(
+        name=data.data_set,
+        path=data.data_path,
+        download=data.download,
+        input_size=input_size,
+        batch_size=options.training.batch_size,
+        num_workers=data.num_workers,
+        repeats=data.repeats,
+        seed=options.training.seed,
+        aa=data.aa,
+        color_jitter=data.color_jitter,
+        reprob=data.reprob,
+        bad_images=BadImages(data.bad_images),
+        keep_last_batch=data.keep_last_batch,
+    )
+
+
+def seed_generators(seed: int) -> None:
+    """Every process draws random numbers of its own."""
+    own = seed * processes.world_size() + processes.rank()
+    torch.manual_seed(own)
+    np.random.seed(own % 2**32)
+    random.seed(own)
+
+
+def prepare(options: Options, device: torch.device) -> Setup:
+    """The data and the model on its device. Raises UserError for what does not fit."""
+    input_size = options.data.input_size or model_input_size(options.model.model)
+    recipe = build_recipe(options.precision)
+    data = data_config(options, input_size)
+    loaders = build_loaders(data)
+    if options.data.num_classes not in (None, loaders.num_classes):
+        raise UserError(
+            f"--num-classes {options.data.num_classes} does not fit the data, which has {loaders.num_classes} classes"
+        )
+    seed_generators(options.training.seed)
+    name = options.model.model
+    model = build_model(name, loaders.num_classes, input_size, options.model.drop_path, recipe)
+    if options.model.finetune:
+        checkpoint.load_weights(model, options.model.finetune, new_head=not options.run.eval)
+    if not options.run.fsdp:  # which takes the model to the device block by block
+        model.to(device)
+    set_matmul(model, options.precision.matmul)
+    if options.run.checkpoint_activations:
+        checkpoint_activations(model, name)
+    if options.run.compile:
+        model.compile()  # in place, so that parameters keep their names
+    identity = {
+        "model": name,
+        "number of classes": loaders.num_classes,
+        "input size": input_size,
+        "recipe": recipe.describe(),
+    }
+    return Setup(options, device, data, loaders, model, identity)
+
+
+def build_optimizer(options: Options, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW whose learning rate is scaled linearly with the global batch over 512; 1-d parameters do not decay."""
+    training = options.training
+    no_decay = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = param_groups_weight_decay(model, training.weight_decay, no_weight_decay_list=no_decay)
+    lr = training.lr * training.batch_size * processes.world_size() / 512
+    common = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8}
+    if options.precision.q_ramping:
+        return RampingAdamW(groups, **common)
+    return torch.optim.AdamW(groups, **common, fused=device.type == "cuda")
+
+
+def build_scheduler(options: Options, optimizer: torch.optim.Optimizer) -> CosineLRScheduler:
+    """One learning rate per epoch: a linear warm-up, then a cosine."""
+    training = options.training
+    return CosineLRScheduler(
+        optimizer,
+        training.epochs,
+        training.min_lr,
+        warmup_t=training.warmup_epochs,
+        warmup_lr_init=training.warmup_lr,
+    )
+
+
+def build_mixup(options: Options, num_classes: int) -> Mixup | None:
+    data = options.data
+    if data.mixup + data.cutmix == 0:
+        return None
+    return Mixup(data.mixup, data.cutmix, label_smoothing=options.training.smoothing, num_classes=num_classes)
+
+
+def build_criterion(setup: Setup) -> Criterion:
+    """The training loss; with distillation it holds the teacher. Raises UserError for a model without such a head."""
+    options, distillation = setup.options, setup.options.distillation
+    base = base_criterion(options.data.mixup + options.data.cutmix > 0, options.training.smoothing)
+    if distillation.distillation_type == "none":
+        return base
+    if not hasattr(setup.model, "set_distilled_training"):
+        raise UserError(
+            f"--distillation-type {distillation.distillation_type} needs a model with a distillation token "
+            f"(deit_*_distilled_*), got --model {options.model.model}"
+        )
+    setup.model.set_distilled_training(True)
+    num_classes, size = setup.loaders.num_classes, setup.data.input_size
+    teacher = build_model(distillation.teacher_model, num_classes, size, 0.0, RECIPES["none"], "--teacher-model")
+    checkpoint.load_weights(teacher, distillation.teacher_path, "--teacher-path", new_head=False)
+    return DistillationLoss(
+        base,
+        teacher.to(setup.device),
+        distillation.distillation_type,
+        distillation.distillation_alpha,
+        distillation.distillation_tau,
+    )
+
+
+def build_remedy(precision: LowPrecision, model: nn.Module, total_steps: int) -> Dampen | Freeze | OsciReset | None:
+    """The remedy for oscillation that follows every step, other than Q-EMA and Q-Ramping."""
+    if precision.dampen is not None:
+        return Dampen(model, total_steps, precision.dampen, precision.dampen_reduction)
+    if precision.freeze is not None:
+        return Freeze(model, total_steps, precision.freeze)
+    if precision.osci_reset:
+        start, interval = precision.osci_reset_start, precision.osci_reset_interval
+        return OsciReset(model, total_steps, start, interval, precision.osci_reset_threshold)
+    return None
+
+
+def output_directory(options: Options) -> Path:
+    if options.run.output_dir is not None:
+        return options.run.output_dir
+    stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
+    return Path(processes.from_main(f"runs/{stamp}-{options.model.model}-{options.precision.quant}"))
+
+
+def find_resume(options: Options) -> list[Path]:
+    """The checkpoint to go on from, then those to take if it is damaged. Raises UserError if a run would be lost."""
+    out, resume, evaluating = options.run.output_dir, options.run.resume, options.run.eval
+    present = [] if out is None else checkpoint.find_all(out)
+    if resume == "auto":
+        if not present and not evaluating and checkpoint.holds_a_run(out):
+            say(f"note    {out} holds a run without a checkpoint to go on from; it begins anew")
+        return present
+    elsewhere = resume and out is not None and Path(resume).resolve().parent != out.resolve()
+    if out is not None and not evaluating and (elsewhere or not resume) and checkpoint.holds_a_run(out):
+        raise UserError(f"{out} holds a run; pass --resume auto to go on with it, or another --output-dir")
+    return [Path(resume)] if resume else []
+
+
+def run_identity(setup: Setup) -> dict[str, object]:
+    """What a checkpoint must have in common with this run for it to go on from there."""
+    values = setup.options.flat()
+    identity = setup.identity | {OPTIMIZER: "RampingAdamW" if values["q_ramping"] else "AdamW"}
+    identity |= {flag(name): values[name] for name in SAME_ON_RESUME}
+    if processes.is_main():  # every process would read the same files
+        identity[DATA] = fingerprint(setup.data, setup.loaders)
+    return processes.from_main(identity)
+
+
+def evaluate_only(setup: Setup) -> None:
+    """Print the held-out numbers as one JSON object; write nothing."""
+    options, model = setup.options, setup.model
+    resume = find_resume(options)
+    if resume:
+        model.load_state_dict(checkpoint.load_newest(resume, setup.identity)[1]["model"])
+    elif not options.model.finetune:
+        raise UserError(f"--eval --resume auto needs {options.run.output_dir / checkpoint.LAST}, which is missing")
+    if options.run.fsdp:
+        share_weights(model, setup.device)
+        sharding.shard(model, setup.device)
+    tested = evaluate(model, setup.loaders.val, setup.device)
+    count_bad_images(setup.loaders, set())
+    say(json.dumps({f"test_{name}": value for name, value in tested.items()}))
+
+
+def train(setup: Setup) -> None:
+    """Everything is checked before the output directory is made."""
+    options, directory = setup.options, output_directory(setup.options)
+    present = checkpoint.stamps(directory)
+    resume = find_resume(options)
+    identity = run_identity(setup)
+    resumed, state = checkpoint.load_newest(resume, identity, implied_identity()) if resume else (None, None)
+    training = build_training(setup, identity, directory, from_start=state is None)
+    progress = training.progress
+    if state is not None:
+        progress.restore(state)
+        if progress.epoch == training.epochs:
+            say(f"{resumed} has all its {training.epochs} epochs done; best top-1 {progress.best_acc1:.2f} %")
+            return
+    if options.run.check_ranks is not None:
+        done = progress.epoch * len(setup.loaders.train) + progress.sums.steps
+        training.check = RankCheck(setup.model, training.step.optimizer, options.run.check_ranks, step=done)
+    with exclusive(directory, "--output-dir") if processes.is_main() else nullcontext():
+        if processes.is_main() and checkpoint.stamps(directory) != present:
+            raise UserError(f"--output-dir {directory} must be free, another process was there until now; start again")
+        if training.laboratory is not None:
+            oscillation_csv.start(directory / oscillation_csv.FILE_NAME, progress.epoch)
+        describe(setup, directory, training.num_parameters)
+        if state is not None:
+            steps = progress.sums.steps
+            steps_done = f" and {steps} of {len(setup.loaders.train)} steps" if steps else ""
+            say(f"resume  {resumed}, {progress.epoch} of {training.epochs} epochs{steps_done} done")
+        with RunLog(directory, log_parameters(options), progress.epoch) as log, training.interrupts:
+            run_to_the_end(training, log, directory)
+    say(f"best top-1 {progress.best_acc1:.2f} %; checkpoints and logs in {directory}")
+
+
+def run_to_the_end(training: Training, log: RunLog, directory: Path) -> None:
+    """Raises KeyboardInterrupt, with the way to go on, if the user interrupts the run."""
+    try:
+        training.run(log)
+    except KeyboardInterrupt as error:
+        saved = (directory / checkpoint.LAST).is_file()
+        onward = f"--resume auto --output-dir {directory} goes on from the last checkpoint"
+        raise KeyboardInterrupt(onward if saved else f"{directory} has no checkpoint yet") from error
+
+
+def log_parameters(options: Options) -> dict[str, object]:
+    """The options and versions, as the log has them."""
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in options.flat().items()}
+    return settings | {"torch": torch.__version__, "timm": timm.__version__}
+
+
+def build_training(setup: Setup, identity: dict, directory: Path, from_start: bool) -> Training:
+    """The run with its model, optimizer and remedies, as at its first step.
+
+    The order matters: Q-EMA's averages and the model's start at the weights that all processes share; FSDP replaces
+    parameters, so it comes before the optimizer; DDP wraps the model that the others keep.
+    """
+    options, model, loaders, device = setup.options, setup.model, setup.loaders, setup.device
+    precision, training = options.precision, options.training
+    criterion = build_criterion(setup)
+    if precision.quant == "int4" and from_start:
+        initialise_int4_steps(setup)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    if processes.world_size() > 1 and running_statistics(model):
+        raise UserError(
+            f"--model {options.model.model} has batch norms, whose statistics would differ between processes; "
+            "train it by one"
+        )
+    share_weights(model, device)
+    q_ema = QEma(model) if precision.q_ema else None
+    model_ema = ModelEmaV3(model, training.model_ema_decay) if training.model_ema_decay else None
+    parallel = spread_over_processes(options, model, model_ema, device)
+    optimizer = build_optimizer(options, model, device)
+    remedy = build_remedy(precision, model, training.epochs * len(loaders.train))
+    step = TrainStep(
+        parallel,
+        criterion,
+        optimizer,
+        device,
+        mixup=build_mixup(options, loaders.num_classes),
+        before_update=remedy.add_gradients if isinstance(remedy, Dampen) else None,
+        clip_grad=training.clip_grad,
+        cuda_graph=options.run.cuda_graph,
+        accumulate_steps=training.accumulate_steps,
+    )
+    interrupts = Interrupts(device)
+    laboratory = None
+    if precision.track_oscillation:
+        laboratory = Laboratory(model, loaders.val.dataset, device)  # in every process: it refuses some models
+    if not processes.is_main():
+        laboratory = None  # the weights are the same everywhere
+    progress = checkpoint.Run(
+        identity,
+        model,
+        optimizer,
+        build_scheduler(options, optimizer),
+        model_ema,
+        sums=EpochSums(),
+        more={"skips": step.skips} | ({} if remedy is None else {"oscillation": remedy}),
+        within={} if laboratory is None else {"laboratory": laboratory},
+        keep=options.run.keep_checkpoints,
+    )
+    return Training(
+        progress,
+        step,
+        loaders,
+        setup.data,
+        interrupts,
+        directory,
+        epochs=training.epochs,
+        save_epochs=options.run.save_epochs,
+        save_steps=options.run.save_steps,
+        num_parameters=num_parameters,
+        q_ema=q_ema,
+        remedy=remedy,
+        ramping=build_ramping(setup, step, interrupts) if precision.q_ramping else None,
+        laboratory=laboratory,
+    )
+
+
+def initialise_int4_steps(setup: Setup) -> None:
+    """INT4's step sizes start from the first batch of the calibration order."""
+    set_epoch(setup.loaders.calibration, setup.data, CALIBRATION_ORDER)
+    images, _ = next(iter(setup.loaders.calibration))
+    with autocast(setup.device):
+        initialise_steps(setup.model, images.to(setup.device))
+
+
+def spread_over_processes(
+    options: Options, model: nn.Module, model_ema: ModelEmaV3 | None, device: torch.device
+) -> nn.Module:
+    """The model to call in a training step: sharded in place, wrapped by DDP, or as it is."""
+    if options.run.fsdp:
+        for whole in (model,) if model_ema is None else (model, model_ema.module):
+            sharding.shard(whole, device)
+    elif processes.world_size() > 1 and not options.run.cuda_graph:  # with a graph, the step averages gradients itself
+        return processes.data_parallel(model, device)
+    return model
+
+
+def build_ramping(setup: Setup, step: TrainStep, interrupts: Interrupts) -> QRamping:
+    precision = setup.options.precision
+    k1, k2, steps = precision.q_ramping_k1, precision.q_ramping_k2, precision.q_ramping_steps
+    return QRamping(setup.model, step, setup.loaders, setup.data, k1, k2, steps, interrupts)
+
+
+def describe(setup: Setup, directory: Path, num_parameters: int) -> None:
+    """Say in a few lines what is about to run."""
+    options, model, loaders, device = setup.options, setup.model, setup.loaders, setup.device
+    quant, held_out = options.precision.quant, sum(processes.gather(len(loaders.val.dataset)))
+    num_linears = len(quant_linears(model)) + sum(isinstance(module, Int4Linear) for module in model.modules())
+    say(f"model   {options.model.model}: {num_parameters:,} parameters, {num_linears} linears in {quant}")
+    fp8 = device.type == "cuda" and quant != "int4" and options.precision.matmul != "bf16" and has_fp8(device)
+    arithmetic = ("fp8" if fp8 else "bf16") if device.type == "cuda" else "fp32"
+    how = "simulated" if quant == "int4" else "multiplied"
+    say(f"recipe  {setup.identity['recipe']}" + (f", {how} in {arithmetic}" if quant != "none" else ""))
+    if options.run.compile and device.type == "cpu":
+        say("note    --compile is for GPUs; on a CPU it gains nothing")
+    if options.precision.q_ema and options.precision.q_ramping:
+        say("note    the paper does not study Q-EMA and Q-Ramping together (C.4); detection measures plain rounding")
+    say(
+        f"data    {setup.data.name}: {len(loaders.train.dataset):,} training and {held_out:,} held-out images "
+        f"of {setup.data.input_size} px, {loaders.num_classes} classes"
+    )
+    how = ", weights sharded" if options.run.fsdp else ""
+    world = f"{processes.world_size()} x {device.type}"
+    say(f"run     {directory} on {world}, batch {options.training.batch_size} each{how}")
