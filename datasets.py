@@ -1,4 +1,4 @@
-"""Which data sets there are, and their loaders."""
+"""The table of data sets, and the loaders of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, one CSV row a number, and the way to the repository's modules."""
+"""Code that the benchmarks share: timing, CSV files with one row per number, and the path to the project's modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def positive(text: str) -> int:
-    """For argparse: a whole number from 1 on."""
+    """An argparse type: a whole number from 1 on."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
@@ -25,7 +25,7 @@ def positive(text: str) -> int:
 
 
 def model_name(text: str) -> str:
-    """For argparse: a model that takes `quant`."""
+    """An argparse type: a model that takes `quant`."""
     import timm
     from quantization import Recipe
 
@@ -38,7 +38,7 @@ def model_name(text: str) -> str:
 
 
 def csv_file(text: str) -> Path:
-    """For argparse: a file to append to, made with its directory if need be."""
+    """An argparse type: a file to append to, which is made with its directory if it does not exist."""
     if Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"must be a file, got the directory {text}")
     return Path(text)

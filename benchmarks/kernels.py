@@ -27,7 +27,7 @@ NEAREST, STOCHASTIC = Quantizer(), Quantizer(rounding="stochastic")
 
 
 def quantizers(rows: int, columns: int, device: torch.device) -> dict:
-    """For every kernel, what to call and the bytes an element that it must move."""
+    """For every kernel, the function to call and the bytes per element that it must move."""
     inputs = [torch.randn(rows, columns, device=device).bfloat16() for _ in range(3)]
     turn, output = count(), torch.empty_like(inputs[0])
     backend, keys = backend_for(output), torch.randint(0, 2**62, (2,), device=device).split(1)

@@ -76,7 +76,7 @@ def measure(recipe: str, how: str, args: argparse.Namespace, device: torch.devic
 
 
 def work(rank: int, world_size: int, port: int, args: argparse.Namespace, results: multiprocessing.SimpleQueue) -> None:
-    """What each process does; the first one puts a dict into `results` for every measurement."""
+    """The work of each process; the first one puts a dict into `results` for every measurement."""
     if world_size > 1:
         there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world_size}
         there |= {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": True}

@@ -1,4 +1,4 @@
-"""What `--track-oscillation` costs: a training step without it, outside its windows and within one, taking turns.
+"""The cost of `--track-oscillation`: a training step without it, outside its windows and within one, taking turns.
 
     python benchmarks/tracking.py [--model NAME] [--csv docs/tracking.csv]
 

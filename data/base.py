@@ -1,4 +1,4 @@
-"""What a data set is: the facts that the command line needs about it, and how it opens its two splits."""
+"""The base class of data sets: the facts that the command line needs, and the method that opens a split."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Transform = Callable[[Image], Tensor]
 
 
 class BadImages(str, Enum):
-    """What happens when an image file cannot be read."""
+    """The action that is taken when an image file cannot be read."""
 
     STOP = "stop"
     SKIP = "skip"

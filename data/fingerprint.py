@@ -15,7 +15,7 @@ MOST_SIZES = 20_000  # looking up the sizes of ImageNet's 1.3 million files woul
 
 
 def fingerprint_arrays(*arrays: np.ndarray | list) -> str:
-    """For images in memory: covers type, shape and every byte of each array. The first axis counts the images."""
+    """Fingerprint of images in memory: dtype, shape and every byte of each array. The first axis counts the images."""
     digest = hashlib.sha256()
     for array in map(np.ascontiguousarray, arrays):
         digest.update(f"{array.dtype} {array.shape}\0".encode())
@@ -24,7 +24,7 @@ def fingerprint_arrays(*arrays: np.ndarray | list) -> str:
 
 
 def fingerprint_files(root: str, samples: list[tuple[str, int]]) -> str:
-    """For image files, given as (path below `root`, label).
+    """Fingerprint of image files, given as (path below `root`, label).
 
     Covers the name and label of every file, and the sizes of at most `MOST_SIZES` evenly spaced ones.
     """

@@ -79,7 +79,7 @@ class ShiftAndFlip:
 
 @dataclass(frozen=True)
 class InMemory(DataSet):
-    """What the data sets below share. Their `open` reads the arrays of a split and hands them to `serve`."""
+    """The code that the data sets below share. Their `open` reads the arrays of a split and hands them to `serve`."""
 
     by_batch: bool = True
     """Transform whole batches where the augmentation is no more than a shift and a flip."""

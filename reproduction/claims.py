@@ -1,4 +1,4 @@
-"""What the paper claims, each claim as a difference between rows of its tables, and what our seeds say to it."""
+"""The paper's claims, each as a difference between rows of its tables, and the verdict of our seeds on each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Claim:
-    """That the mean over rows `more` of a target is above that over rows `less`."""
+    """The claim that the mean over rows `more` of a target is above the mean over rows `less`."""
 
     text: str
     target: str
@@ -37,7 +37,7 @@ class Claim:
     less: tuple[str, ...]
     metric: Metric = Metric.TOP1
     less_metric: Metric | None = None
-    """Of the rows `less`, where it is another one."""
+    """The metric of the rows `less`, if it is not `metric`."""
     below: float | None = None
     """If given, the claim is that the difference is less than this."""
 
@@ -82,7 +82,7 @@ def _difference(terms: tuple[list, list], value: Callable[[str, Metric], float])
 
 
 def standard_error(numbers: list[float]) -> float:
-    """Of the mean of two numbers or more."""
+    """The standard error of the mean of two numbers or more."""
     return statistics.stdev(numbers) / math.sqrt(len(numbers))
 
 

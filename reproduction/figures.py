@@ -250,7 +250,7 @@ def _legend_below(fig: Figure, ax: Axes) -> None:
 
 
 def _save(fig: Figure, png: Path, title: str) -> None:
-    """In a palette of 128 colours, a third of the bytes of true colour."""
+    """Write the figure in a palette of 128 colours, which takes a third of the bytes of true colour."""
     fig.suptitle(title, fontsize=11)
     fig.canvas.draw()
     pixels = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB")

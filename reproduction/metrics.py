@@ -22,7 +22,7 @@ _MEASURES = {
 
 
 def read_metric(metric: Metric, directory: Path) -> float:
-    """Of the last epoch. All but accuracies need a run that has tracked oscillation."""
+    """The metric after the last epoch. All but accuracies need a run that has tracked oscillation."""
     if metric in _ACCURACIES:
         return read_log(directory)[-1][_ACCURACIES[metric]]
     path = oscillation_file(directory)

@@ -9,7 +9,7 @@ from quantization.recipe import PAPER_BETA
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `targets.py` leaves open, as it stands in main.py's options."""
+    """The options of main.py that `targets.py` leaves open."""
 
     q_ema_beta: float = PAPER_BETA
     q_ramping_k2: int = 5
@@ -22,7 +22,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Setup:
-    """How a protocol trains one of the paper's models."""
+    """The settings with which a protocol trains one of the paper's models."""
 
     model: str
     """A name for --model."""
@@ -40,12 +40,12 @@ class Protocol:
     data_set: str
     epochs: int
     seeds: int
-    """How many seeds by default."""
+    """Number of seeds by default."""
     setups: dict[str, Setup] = field(hash=False)
-    """By the paper's name of the model. Models with one setup share one column, those without any have none."""
+    """The setups, by the paper's name of the model. Models with one setup share one column of a report."""
     options: str = ""
     torchrun: bool = False
-    """Whether a run takes all GPUs of its job, or one."""
+    """True if a run takes all GPUs of its job, False if it takes one."""
     needs_gpu: bool = True
 
 

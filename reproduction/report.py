@@ -62,7 +62,7 @@ def methods(protocol: Protocol, found: Existing, out: Path) -> str:
 
 
 def gaps(protocol: Protocol, found: Existing) -> str:
-    """Whether the protocol can tell methods apart at all: full precision from Microscaling."""
+    """Says if the protocol can tell methods apart at all: full precision from Microscaling."""
     lines = []
     for model, setup in columns(TARGETS["table2"], protocol).items():
         ahead, behind = (
@@ -145,7 +145,7 @@ def figure(name: str, target: Target, directories: dict[str, dict[int, Path]], o
 
 
 def _command(run: Run, directories: dict[int, Path]) -> str:
-    """As it was, or as it would be on one GPU."""
+    """The command of a finished run; without one, the command that would run it on one GPU."""
     return read_record(next(iter(directories.values())))["command"] if directories else shell(run.command())
 
 

@@ -28,10 +28,10 @@ GRACE = 20  # seconds that an interrupted run gets to end by itself
 
 @dataclass(frozen=True)
 class Machine:
-    """What runs are shared out over."""
+    """The GPUs and cores among which runs are shared out."""
 
     gpus: tuple[str, ...]
-    """As in CUDA_VISIBLE_DEVICES."""
+    """The GPUs' names, as CUDA_VISIBLE_DEVICES takes them."""
     jobs: int
     environment: dict[str, str]
 
@@ -44,7 +44,10 @@ class Machine:
 
 
 def this_machine(jobs: int | None, torchrun: bool) -> Machine:
-    """By default one job a GPU, one alone if a run takes all GPUs, and one job a core, up to 4, without a GPU."""
+    """The GPUs, the number of jobs at once, and the versions.
+
+    If `jobs` is None: one job per GPU, a single one if a run takes all GPUs, and one per core, up to 4, without a GPU.
+    """
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = tuple(visible.split(",")[:count] if visible else map(str, range(count)))

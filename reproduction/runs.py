@@ -55,7 +55,7 @@ class Run:
 
     @property
     def record(self) -> dict:
-        """What identifies the run in its directory."""
+        """The values that identify the run in its directory."""
         return {"configuration": list(self.configuration), "seed": self.seed, "tracked": self.tracked}
 
     def arguments(self, processes: int = 1) -> list[str]:
@@ -78,7 +78,7 @@ class Run:
         return ["--data-path", data_path] if DATA_SETS[self.protocol.data_set].needs_path else []
 
     def epochs_done(self, directory: Path) -> int:
-        """By the log of its own directory."""
+        """The number of epochs in the log of `directory`."""
         lines = read_log(directory)
         return lines[-1]["epoch"] + 1 if lines else 0
 
@@ -88,7 +88,7 @@ class Run:
 
 
 def oscillation_file(directory: Path) -> Path | None:
-    """What a tracked run has measured, gzipped or not, if it is there."""
+    """The file of a tracked run's measurements, gzipped or not, or None if there is none."""
     places = (directory / OSCILLATION, directory / f"{OSCILLATION}.gz")
     return next((place for place in places if place.is_file()), None)
 
@@ -162,7 +162,7 @@ class Existing:
         return dict(sorted(found.items()))
 
     def started(self, run: Run) -> bool:
-        """Whether some seed of it was, finished or not."""
+        """True if a run of this row has been started with any seed."""
         return any(
             configuration == run.configuration and any(record["tracked"] or not run.tracked for record, _ in places)
             for (configuration, _), places in self.runs.items()

@@ -1,4 +1,4 @@
-"""What the paper reports: every table with its numbers, every figure, and the options of main.py behind each row.
+"""The paper's results: every table with its numbers, every figure, and the options of main.py behind each row.
 
 Numbers: Chen, Xi, Zhu, Chen, "Oscillation-Reduced MXFP4 Training for Vision Transformers", arXiv:2502.20853.
 Options hold {names} of `protocols.Tuning`, because the paper tunes them for each model.
@@ -58,7 +58,7 @@ class Row:
     label: str
     options: str
     paper: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """By model, one number for each metric of the table. A model that is not in it: the paper gives no number."""
+    """One number for each metric of the table, by model. For a model that is not in it, the paper gives no number."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Target:
     reference: str = "TetraJet"
     """Label of the row from which differences are taken."""
     tracked: bool = False
-    """Whether its runs need --track-oscillation."""
+    """True if its runs need --track-oscillation."""
     note: str = ""
 
 

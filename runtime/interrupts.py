@@ -43,7 +43,7 @@ class Interrupts:
             signal.raise_signal(number)
 
     def agreed(self, step: int | None = None) -> bool:
-        """Whether any process has received a signal. Every process must call it at the same step.
+        """Return True if any process has received a signal. Every process must call it at the same step.
 
         Several processes communicate only at every `AGREE_EVERY`th `step`, or if no step is given.
         """

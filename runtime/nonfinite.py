@@ -22,7 +22,7 @@ class Step:
     """One training step, kept for the report in case the run stops after it."""
 
     images: Tensor
-    """As the loader gave them."""
+    """The batch as the loader served it."""
     loss: Tensor
     norms: Tensor
     """Norm of each parameter's gradient."""

@@ -23,8 +23,9 @@ from runtime.errors import UserError
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits in a collective for one that neither comes nor dies, such as on a node that has gone; longer
-than what one rank does alone, writing a checkpoint for example. A rank that dies ends the job at once, by torchrun."""
+"""The time that a rank waits in a collective for another one that neither comes nor dies, for example because its node
+is gone. It is longer than any work that one rank does alone, such as writing a checkpoint. When a rank dies, torchrun
+ends the job at once, without this wait."""
 _STORE_TIMEOUT = timedelta(seconds=5)
 _FAILED = "a rank has failed"
 _LET_GO = 0.1
@@ -181,7 +182,7 @@ def first_to_report(failure: str) -> bool:
 
 
 def another_has_failed() -> bool:
-    """Whether a rank has called `first_to_report`."""
+    """Return True if a rank has called `first_to_report`."""
     store = _store()
     try:
         return store is not None and store.check([_key(_FAILED)])

@@ -45,7 +45,7 @@ class Run:
     scheduler: object
     model_ema: nn.Module | None
     sums: EpochSums
-    """What the epoch that has begun adds up to, on this process."""
+    """The sums of the epoch that has begun, on this process."""
     epoch: int = 0
     """Epochs done."""
     best_acc1: float = 0.0
@@ -172,7 +172,7 @@ def stamps(directory: Path) -> dict[str, int]:
 
 
 def holds_a_run(directory: Path) -> bool:
-    """Whether a new run in `directory` would overwrite another one, even one without a checkpoint."""
+    """Return True if a new run in `directory` would overwrite another one, even one without a checkpoint."""
     log = directory / LOG
     return bool(find_all(directory)) or (directory / BEST).is_file() or log.is_file() and log.stat().st_size > 0
 

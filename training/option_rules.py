@@ -1,4 +1,4 @@
-"""What does not go together on the command line: a table of rules, in the order in which they are checked.
+"""The options that exclude each other: a table of rules, in the order in which they are checked.
 
 A rule is a predicate that is true where the options break it, and the message that the user gets then: the rule, what
 was received, and the remedy. An option that only needs another one says so in its field (`options.option`).
@@ -56,7 +56,7 @@ def _has_mx_recipe(o: Options) -> bool:
 
 
 def _lacks(o: Options, names: tuple[str, ...]) -> bool:
-    """Whether `--quantizers` switches off all quantizers of these names."""
+    """Return True if `--quantizers` switches off all quantizers of these names."""
     return o.precision.quantizers is not None and not set(names) & set(o.precision.quantizers)
 
 

@@ -420,7 +420,7 @@ def _filled_in(given: dict[str, object]) -> dict[str, object]:
 
 
 def _is_on(value: object) -> bool:
-    """Whether an option that others need is on. A number is, be it 0."""
+    """Return True if an option that others need is on. A number counts as on, even 0."""
     return value is not None and value is not False and value != "none"
 
 

@@ -70,7 +70,7 @@ OPTIMIZER, DATA = "optimizer", "data"
 
 
 def implied_identity() -> dict[str, object]:
-    """What an identity that lacks an option means: the value that was the only one before the option existed.
+    """The values of options that an older checkpoint's identity lacks: each is the only one that existed then.
 
     An option that `needs` another one, which is off then, has no value if its type allows that.
     """
@@ -83,7 +83,7 @@ def implied_identity() -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Setup:
-    """What training and evaluation both need."""
+    """The parts that training and evaluation both need."""
 
     options: Options
     device: torch.device
@@ -91,7 +91,7 @@ class Setup:
     loaders: Loaders
     model: nn.Module
     identity: dict[str, object]
-    """What a checkpoint must have in common with this model."""
+    """The settings that a checkpoint must share with this model."""
 
 
 def build_recipe(precision: LowPrecision) -> Recipe | Int4Recipe:
@@ -261,7 +261,7 @@ def find_resume(options: Options) -> list[Path]:
 
 
 def run_identity(setup: Setup) -> dict[str, object]:
-    """What a checkpoint must have in common with this run for it to go on from there."""
+    """The settings that a checkpoint must share with this run, so that the run can go on from it."""
     values = setup.options.flat()
     identity = setup.identity | {OPTIMIZER: "RampingAdamW" if values["q_ramping"] else "AdamW"}
     identity |= {flag(name): values[name] for name in SAME_ON_RESUME}

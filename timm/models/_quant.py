@@ -1,4 +1,4 @@
-"""What the models of this directory have in common: they take `quant=Recipe`."""
+"""The `quant=Recipe` argument, which all models of this directory take."""
 
 from __future__ import annotations
 

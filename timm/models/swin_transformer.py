@@ -12,7 +12,7 @@ from timm.models._quant import TakesQuant
 run_installed(globals())
 
 SWIN_LINEARS = (*BLOCK_LINEARS, "downsample.reduction")
-"""What `quant` swaps. Without its last entry, patch merging stays in high precision."""
+"""The linears that `quant` swaps. Without the last entry, patch merging stays in high precision."""
 
 
 class SwinTransformer(TakesQuant, globals()["SwinTransformer"]):
