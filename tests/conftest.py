@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, one a core
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import TCPStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
@@ -84,6 +86,110 @@ def torchrun(environment):
         env = environment | {"OMP_NUM_THREADS": "1"}
         options = {"cwd": directory, "env": env, "capture_output": True, "text": True, "timeout": 600}
         return subprocess.run([*command, "script.py", *arguments], **options)
+
+    return launch
+
+
+@pytest.fixture(scope="session")
+def digits_cut_to():
+    """`with digits_cut_to(train, held_out):` DIGITS has so many images: the same steps, each in a tenth of its time."""
+
+    @contextmanager
+    def cut(train: int, held_out: int) -> Iterator[None]:
+        from data.in_memory import Digits
+
+        arrays = Digits.arrays
+
+        def first_ones(self: Digits, training: bool) -> tuple:
+            return tuple(array[: train if training else held_out] for array in arrays(self, training))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Digits, "arrays", first_ones)
+            yield
+
+    return cut
+
+
+@pytest.fixture(scope="session")
+def interrupted_in_epoch():
+    """`with interrupted_in_epoch(n):` runs get ctrl-C when they begin that epoch, counted from 0."""
+    from training import loop
+
+    @contextmanager
+    def interrupted(number: int) -> Iterator[None]:
+        train = loop.train_one_epoch
+
+        def interrupt(step, loader, epoch, *rest):
+            if epoch == number:
+                raise KeyboardInterrupt
+            return train(step, loader, epoch, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "train_one_epoch", interrupt)
+            yield
+
+    return interrupted
+
+
+class Forked:
+    """A Python script in a process of its own, started by the fork server."""
+
+    def __init__(self, pid: int, ask, output: list[Path]) -> None:
+        self.pid, self._ask, self._output = pid, ask, output
+
+    def result(self) -> subprocess.CompletedProcess:
+        """Wait for its end."""
+        code = self._ask(wait=self.pid)
+        return subprocess.CompletedProcess([], code, *(path.read_text() for path in self._output))
+
+
+@pytest.fixture(scope="session")
+def start(environment, tmp_path_factory):
+    """start(directory, script, *arguments, **environment): a `Forked` process, in milliseconds instead of seconds.
+
+    For scripts that import the program. Where the start of Python itself is tested, take `subprocess`.
+    """
+    env = environment | {"OMP_NUM_THREADS": "1"}
+    output = tmp_path_factory.mktemp("output")
+    command = [sys.executable, str(Path(__file__).with_name("fork_server.py"))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": env}
+    with subprocess.Popen(command, **pipes) as server:
+
+        def ask(**request) -> int:
+            print(json.dumps(request), file=server.stdin, flush=True)
+            return int(server.stdout.readline())
+
+        def launch(directory: Path, script: str, *arguments: str, **more: str) -> Forked:
+            number = len(list(output.iterdir()))
+            files = [output / f"{number}-{kind}" for kind in ("stdout", "stderr")]
+            for file in files:
+                file.touch()
+            stdout, stderr = map(str, files)
+            request = {"script": script, "arguments": arguments, "directory": str(directory.resolve())}
+            pid = ask(**request, environment=env | more, stdout=stdout, stderr=stderr, timeout=300)
+            return Forked(pid, ask, files)
+
+        yield launch
+
+
+@pytest.fixture(scope="session")
+def ranks(start):
+    """ranks(directory, script, *arguments, processes=2): that script by several processes, as by torchrun.
+
+    Returns the first failure's exit code, or 0, and the output of all of them. In contrast to torchrun's, a process
+    that fails does not end the others.
+    """
+
+    def launch(directory: Path, script: str, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(processes)}
+        there |= {"LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        numbers = [str(rank) for rank in range(processes)]
+        started = [start(directory, script, *arguments, **there, RANK=n, LOCAL_RANK=n) for n in numbers]
+        results = [process.result() for process in started]
+        code = next((result.returncode for result in results if result.returncode), 0)
+        output = ("".join(getattr(result, name) for result in results) for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess([], code, *output)
 
     return launch
 

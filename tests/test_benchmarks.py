@@ -13,13 +13,41 @@ import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 WAYS = [("1", "alone"), ("2", "DDP"), ("2", "FSDP2")]
+# What compiles a model takes the graph and leaves out the code generator, which takes a minute; several processes are
+# forked, where scaling.py starts them anew. The long tests have it all.
+SCRIPT = """
+import functools, runpy, sys
+import torch
+
+compile_module = torch.nn.Module.compile
+torch.nn.Module.compile = lambda module: compile_module(module, backend="aot_eager")
+torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
+path, *sys.argv = sys.argv[1:]
+sys.path.insert(0, path)
+runpy.run_path(f"{path}/{sys.argv[0]}", run_name="__main__")
+"""
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+@pytest.fixture
+def run(start, tmp_path):
+    """run(script, *arguments): that benchmark in a process of its own."""
+    return lambda script, *arguments: start(tmp_path, SCRIPT, str(BENCHMARKS), script, *arguments).result()
+
+
+def run_it_all(script: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, BENCHMARKS / script, *arguments], capture_output=True, text=True)
 
 
-def test_train_step_on_a_cpu(tmp_path):
+def test_train_step_on_a_cpu(tmp_path, run):
+    check_train_step(run, tmp_path)
+
+
+@pytest.mark.long
+def test_train_step_on_a_cpu_with_compiled_code(tmp_path):
+    check_train_step(run_it_all, tmp_path)
+
+
+def check_train_step(run, tmp_path: Path) -> None:
     variants = ["bf16", "TetraJet", "TetraJet, reference", "TetraJet, graph"]
     variants += [f"TetraJet + {method}, compiled, graph" for method in ("Q-EMA", "Q-Ramping")]
     small = ["--models", "deit_micro_patch4_32", "--batch-size", "2", "--steps", "1", "--device", "cpu"]
@@ -32,7 +60,7 @@ def test_train_step_on_a_cpu(tmp_path):
     assert all(f"| {variant} |" in result.stdout for variant in variants)
 
 
-def test_kernels_on_a_cpu(tmp_path):
+def test_kernels_on_a_cpu(tmp_path, run):
     small = ["--tokens", "64", "--width", "32", "--repeats", "1", "--device", "cpu"]
     result = run("kernels.py", *small, "--csv", str(tmp_path / "kernels.csv"))
     assert result.returncode == 0, result.stderr
@@ -41,7 +69,7 @@ def test_kernels_on_a_cpu(tmp_path):
     assert "| all of a block |" in result.stdout
 
 
-def test_tracking_on_a_cpu(tmp_path):
+def test_tracking_on_a_cpu(tmp_path, run):
     small = ["--model", "deit_micro_patch4_32", "--batch-size", "2", "--rounds", "2", "--steps", "2", "--device", "cpu"]
     result = run("tracking.py", *small, "--csv", str(tmp_path / "tracking.csv"))
     assert result.returncode == 0, result.stderr
@@ -55,14 +83,14 @@ def test_tracking_on_a_cpu(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU records no graph")
-def test_tracking_with_a_graph():
+def test_tracking_with_a_graph(run):
     small = ["--model", "deit_micro_patch4_32", "--batch-size", "64", "--rounds", "1", "--steps", "2", "--graph"]
     result = run("tracking.py", *small)
     assert result.returncode == 0, result.stderr
     assert ", CUDA graph, " in result.stdout and "| outside a window |" in result.stdout
 
 
-def test_scaling_on_a_cpu(tmp_path):
+def test_scaling_on_a_cpu(tmp_path, run):
     small = ["--model", "deit_micro_patch4_32", "--batch-size", "2", "--steps", "2", "--device", "cpu"]
     result = run("scaling.py", *small, "--csv", str(tmp_path / "scaling.csv"))
     assert result.returncode == 0, result.stderr
@@ -75,8 +103,17 @@ def test_scaling_on_a_cpu(tmp_path):
     assert result.stdout.count("| TetraJet | ") == 3
 
 
-def test_scaling_of_compiled_models(tmp_path):
-    small = ["--model", "deit_nano_patch4_32", "--batch-size", "2", "--steps", "1", "--device", "cpu"]
+def test_scaling_of_compiled_models(tmp_path, run):
+    check_scaling_of_compiled_models(run, tmp_path)
+
+
+@pytest.mark.long
+def test_scaling_of_compiled_code(tmp_path):
+    check_scaling_of_compiled_models(run_it_all, tmp_path)
+
+
+def check_scaling_of_compiled_models(run, tmp_path: Path) -> None:
+    small = ["--model", "deit_micro_patch4_32", "--batch-size", "2", "--steps", "1", "--device", "cpu"]
     file = tmp_path / "scaling.csv"
     result = run("scaling.py", *small, "--compile", "--recipes", "TetraJet", "--csv", str(file))
     assert result.returncode == 0, result.stderr
@@ -86,7 +123,7 @@ def test_scaling_of_compiled_models(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are two GPUs")
-def test_scaling_without_two_gpus_one_line():
+def test_scaling_without_two_gpus_one_line(run):
     result = run("scaling.py")
     wanted = r"scaling.py: error: several processes need a GPU each, PyTorch finds [01]; --device cpu needs none\n"
     assert result.returncode == 2 and re.fullmatch(wanted, result.stderr)
@@ -108,13 +145,13 @@ def test_scaling_without_two_gpus_one_line():
         ("scaling.py", ["--device", "cpu", "--graph"], "--graph records what a GPU does; leave it out"),
     ],
 )
-def test_a_mistake_is_one_line(script, arguments, message):
+def test_a_mistake_is_one_line(script, arguments, message, run):
     result = run(script, *arguments)
     assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("script", ["train_step.py", "kernels.py", "tracking.py"])
-def test_without_a_gpu_one_line(script):
+def test_without_a_gpu_one_line(script, run):
     result = run(script)
     assert result.returncode == 2 and result.stderr == f"{script}: error: timing needs a GPU, PyTorch finds none\n"

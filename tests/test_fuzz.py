@@ -50,14 +50,20 @@ def in_an_empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_runs(digits_cut_to):
+    with digits_cut_to(150, 36):
+        yield
+
+
 @pytest.fixture(scope="module")
-def checkpoint_bytes(tmp_path_factory) -> bytes:
+def checkpoint_bytes(tmp_path_factory, small_runs) -> bytes:
     directory = tmp_path_factory.mktemp("run")
     assert main([*RUN, "--output-dir", str(directory)]) == 0
     return (directory / "checkpoint.pth").read_bytes()
 
 
-RUN = ["--quant", "mxfp4", "--epochs", "1", "--batch-size", "718", "--device", "cpu", "--warmup-epochs", "0"]
+RUN = ["--quant", "mxfp4", "--epochs", "1", "--batch-size", "72", "--device", "cpu", "--warmup-epochs", "0"]
 
 
 def outcome(arguments: list[str], capsys) -> int:

@@ -29,6 +29,7 @@ STUBS = {
     "main.py": "import sys\nprint('python', *sys.argv[1:], sep='\\n')\n",
     "reproduction.py": "import os, sys\nprint(os.environ.get('DATA_PATH'), *sys.argv[1:], sep='\\n')\n",
     "stubs/torch.py": f"class cuda:\n    device_count = staticmethod(lambda: {GPUS})\n",
+    "pytest.py": "import sys\nprint('pytest', *sys.argv[1:], sep='\\n')\n",
     "bin/torchrun": "#!/bin/bash\nprintf '%s\\n' torchrun \"$@\"\n",
     "scripts/setup.sh": "",
 }
@@ -105,6 +106,12 @@ def test_without_images_it_is_an_epoch_of_digits(started):
     found = options(lines[lines.index("python") :])
     assert (found["--data-set"], found["--epochs"], found["--q-ema-beta"]) == ("DIGITS", "1", "0.9972")
     assert "--data-path" not in found
+
+
+def test_the_long_tests_are_those_that_the_others_leave_out(started):
+    usual, long = started("test.sh", "-x"), started("test.sh", "--long", "-x")
+    assert usual[-1] == "-x" and "-m" not in usual
+    assert long[-3:] == ["-m", "long", "-x"] and long[:-3] == usual[:-1]
 
 
 def test_reproduction_finds_a_relative_data_path_and_gets_all_arguments(started, tmp_path):

@@ -1,4 +1,4 @@
-"""Two thousand steps of the smallest model leave memory where it was after the first few."""
+"""Hundreds of steps of the smallest model, or thousands in the long test, leave memory where it was."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def live_tensors() -> int:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="resident memory is measured, the CPU's")
-@pytest.mark.parametrize(("method", "steps"), [("q-ema and q-ramping", 2000), ("freeze", 600), ("int4", 600)])
+@pytest.mark.parametrize("method", ["q-ema and q-ramping", "freeze", "int4"])
+@pytest.mark.parametrize("steps", [400, pytest.param(3000, marks=pytest.mark.long)])
 def test_memory_does_not_grow(method, steps):
     """Live tensors to the number, Python's objects by less than one a step, the process's memory by 8 MB.
 
@@ -70,4 +71,4 @@ def test_memory_does_not_grow(method, steps):
     assert live_tensors() <= tensors  # fewer if tests before this one have left some
     assert sys.getallocatedblocks() - blocks < steps - WARM_UP
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident < 8 * MEGABYTE
-    assert losses.isfinite().all() and losses[-200:].mean() < losses[:100].mean()
+    assert losses.isfinite().all() and losses[-100:].mean() < losses[:100].mean()

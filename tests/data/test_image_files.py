@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ from PIL import Image
 from torchvision.transforms import ToTensor
 
 import engine
-import main as program
 from data.image_files import LEFT_OUT, BadImage, ImageFiles, ImageFilesLoader
 from datasets import BadImages, DataConfig, build_loaders, set_epoch, take_bad_images
 from engine import evaluate
@@ -192,13 +189,13 @@ def test_steps_that_will_be_repeated_do_not_count(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("half", ["train", "val"])
-def test_a_run_with_loaders_processes_ends(half, folder, environment):
+def test_a_run_with_loaders_processes_ends(half, folder, start):
     """They ignore SIGTERM, so nothing may leave them for Python to end."""
     spoil(folder, f"{half}/dark/1.png")
-    command = [sys.executable, program.__file__, "--data-set", "FOLDER", "--data-path", str(folder), "--device", "cpu"]
+    command = ["--data-set", "FOLDER", "--data-path", str(folder), "--device", "cpu"]
     command += ["--model", "deit_nano_patch4_32", "--input-size", "8", "--batch-size", "2", "--repeats", "1"]
     command += ["--num-workers", "2", "--epochs", "1", "--output-dir", "out"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    result = start(Path(), "import main, sys\nsys.exit(main.main(sys.argv[1:]))", *command).result()
     assert result.returncode == 2, result.stderr
     assert re.search(r"main.py: error: \S+dark/1.png is not a readable image .*\n$", result.stderr)
 

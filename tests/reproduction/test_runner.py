@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -87,7 +86,7 @@ def test_a_failure_is_told_the_rest_goes_on_and_only_it_runs_again(capsys):
     assert main(["pair", "--out", "out"]) == 2 and "missing or damaged; move" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_goes_on_where_it_was(capsys):
+def test_an_interrupted_run_goes_on_where_it_was(start):
     """ctrl-C reaches the command alone; it stops its runs, and the next command finishes them."""
     script = (
         "import signal, sys\n"
@@ -95,26 +94,24 @@ def test_an_interrupted_run_goes_on_where_it_was(capsys):
         "from dataclasses import replace\n"
         "from reproduction import __main__, protocols, targets\n"
         "smoke = protocols.PROTOCOLS['smoke']\n"
-        f"setup = replace(protocols.{SETUP!r}, global_batch=32)\n"
+        f"setup = replace(protocols.{SETUP!r}, global_batch=64)\n"
         "protocols.PROTOCOLS['smoke'] = replace(smoke, epochs=4, setups={'DeiT-T': setup})\n"
         "row = targets.Row('plain', '--quant none')\n"
         "targets.TARGETS['one'] = targets.Target('One', ('DeiT-T',), (row,), (targets.Metric.TOP1,), 'plain')\n"
         "sys.exit(__main__.main(['one', '--out', 'out']))\n"
     ).replace("tuning=Tuning(", "tuning=protocols.Tuning(")
-    Path("one.py").write_text(script)
-    options = {"env": os.environ | {"PYTHONPATH": str(REPOSITORY)}, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "one.py"], stderr=subprocess.STDOUT, **options) as process:
-        deadline = time.monotonic() + 120
-        while not (saved := list(Path("out").glob("*/checkpoint.pth"))):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        assert "interrupted; the same command goes on" in process.communicate()[0] and process.returncode == 130
+    command, deadline = start(Path(), script), time.monotonic() + 120
+    while not (saved := list(Path("out").glob("*/checkpoint.pth"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(command.pid, signal.SIGINT)
+    result = command.result()
+    assert "interrupted; the same command goes on" in result.stderr and result.returncode == 130
     directory = saved[0].parent
     log = directory / "log.txt"
     assert len(log.read_text().splitlines()) < 4
     assert "goes on from the last checkpoint" in (directory / runner.OUTPUT).read_text()
-    assert subprocess.run([sys.executable, "one.py"], stderr=subprocess.STDOUT, **options).returncode == 0
+    assert start(Path(), script).result().returncode == 0
     assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [0, 1, 2, 3]
     assert "resume  " in (directory / runner.OUTPUT).read_text()
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from data.in_memory import Digits
 from engine import TrainStep, train_one_epoch
 from main import main
 from quantization import QEma, QuantLinear, RampingAdamW, Recipe, detect_oscillation, take_lost_groups
@@ -305,23 +304,30 @@ processes.stop()
 """
 
 
-def test_processes_agree(tmp_path, torchrun):
+def test_processes_agree(tmp_path, ranks):
     """A NaN in one process alone, which no gradient tells the other; or in both."""
-    result = torchrun(tmp_path, TWO_PROCESSES)
+    result = ranks(tmp_path, TWO_PROCESSES)
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.splitlines()
     assert first == second and first.startswith("(12, 14, ")
     assert "learning rate 0.1, loss nan: every layer's output is finite, the loss is not" in first
 
 
-RUN = ["--quant", "mxfp4", "--batch-size", "96", "--epochs", "1", "--warmup-epochs", "0", "--device", "cpu"]
-RUN += ["--model", "deit_nano_patch4_32", "--input-size", "8", "--output-dir", "out"]
+IMAGES, HELD_OUT = 133, 36  # of DIGITS: 14 steps of 9 images, 44 of 3 or 4 of 33
+RUN = ["--quant", "mxfp4", "--batch-size", "9", "--epochs", "1", "--warmup-epochs", "0", "--device", "cpu"]
+RUN += ["--lr", "0.3", "--output-dir", "out"]
 
 
 @pytest.fixture
-def poisoned(monkeypatch, tmp_path):
-    """poisoned(steps): in these steps, counted from 0, the first block's fc1 puts out infinite numbers."""
+def small_runs(monkeypatch, tmp_path, digits_cut_to):
     monkeypatch.chdir(tmp_path)
+    with digits_cut_to(IMAGES, HELD_OUT):
+        yield
+
+
+@pytest.fixture
+def poisoned(monkeypatch, small_runs):
+    """poisoned(steps): in these steps, counted from 0, the first block's fc1 puts out infinite numbers."""
     build = setup.build_model
 
     def poison(steps: Collection[int]) -> None:
@@ -369,7 +375,7 @@ def test_a_diverged_run_leaves_a_checkpoint_to_go_on_from(poisoned, capsys):
     state = torch.load("out/checkpoint.pth", weights_only=True)
     assert {s["step"].item() for s in state["optimizer"]["state"].values()} == {2}
     assert all(v.isfinite().all() for v in state["model"].values()) and state["more"]["skips"] == {"in_a_row": 0}
-    assert (state["sums"][0]["steps"], state["sums"][0]["images"]) == (2, 2 * 96)
+    assert (state["sums"][0]["steps"], state["sums"][0]["images"]) == (2, 2 * 9)
     poisoned(range(0))
     assert main([*RUN, "--resume", "auto"]) == 0
     assert json.loads(Path("out/log.txt").read_text().splitlines()[-1])["skipped_steps"] == 0
@@ -383,7 +389,7 @@ def test_what_it_counts_and_measures_leaves_the_repeated_steps_out(poisoned, mon
         return step(self, batch)
 
     monkeypatch.setattr(TrainStep, "__call__", losing_a_group)
-    command = [*RUN, "--batch-size", "32", "--track-oscillation"]  # 44 steps
+    command = [*RUN, "--batch-size", "3", "--track-oscillation"]  # 44 steps
     take_lost_groups(torch.device("cpu"))
     poisoned(range(20, 100))
     assert main(command) == 1
@@ -397,17 +403,13 @@ def test_what_it_counts_and_measures_leaves_the_repeated_steps_out(poisoned, mon
 
 def test_skipped_steps_are_counted_by_the_epoch(poisoned):
     poisoned(range(1, 3))
-    assert main([*RUN, "--batch-size", "359", "--epochs", "3"]) == 0
+    assert main([*RUN, "--batch-size", "33", "--epochs", "3"]) == 0
     assert [json.loads(line)["skipped_steps"] for line in Path("out/log.txt").open()] == [2, 0, 0]
 
 
-def test_skipped_steps_are_those_of_the_whole_epoch_also_in_a_run_that_goes_on(poisoned, monkeypatch):
+def test_skipped_steps_are_those_of_the_whole_epoch_also_in_a_run_that_goes_on(poisoned, monkeypatch, digits_cut_to):
     """Two are skipped before it is interrupted, one after that, before ten more end it, and one after that."""
-    whole = Digits.arrays
-    few = lambda self, training: tuple(array[:88] for array in whole(self, training))  # noqa: E731
-    monkeypatch.setattr(Digits, "arrays", few)
-    command = [*RUN, "--quant", "none", "--batch-size", "2", "--save-steps", "1", "--resume", "auto"]  # 44 steps
-    poisoned({1, 2})
+    command = [*RUN, "--quant", "none", "--batch-size", "2", "--save-steps", "1", "--resume", "auto"]
     step, calls = TrainStep.__call__, iter(range(1, 100))
 
     def interrupted(self, batch):
@@ -415,22 +417,24 @@ def test_skipped_steps_are_those_of_the_whole_epoch_also_in_a_run_that_goes_on(p
             raise KeyboardInterrupt
         return step(self, batch)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "__call__", interrupted)
-        assert main(command) == 130
-    poisoned({0, *range(10, 100)})
-    assert main(command) == 1
-    (sums,) = torch.load("out/checkpoint.pth", weights_only=True)["sums"]
-    assert (sums["steps"], sums["skipped_steps"]) == (5 + 10, 2 + 1)
-    poisoned({3})
-    assert main(command) == 0
+    with digits_cut_to(88, 88):  # 44 steps
+        poisoned({1, 2})
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainStep, "__call__", interrupted)
+            assert main(command) == 130
+        poisoned({0, *range(10, 100)})
+        assert main(command) == 1
+        (sums,) = torch.load("out/checkpoint.pth", weights_only=True)["sums"]
+        assert (sums["steps"], sums["skipped_steps"]) == (5 + 10, 2 + 1)
+        poisoned({3})
+        assert main(command) == 0
     assert json.loads(Path("out/log.txt").read_text())["skipped_steps"] == 2 + 1 + 1
 
 
 @pytest.mark.parametrize(("first", "row"), [(4, 4), (3, 5)], ids=["all of the last epoch", "more than that"])
 def test_a_run_that_ends_with_an_epoch_of_skipped_steps_has_diverged(first, row, poisoned, capsys):
     """Two epochs of four steps: ten in a row would never come."""
-    command = [*RUN, "--batch-size", "359", "--epochs", "2"]
+    command = [*RUN, "--batch-size", "33", "--epochs", "2"]
     poisoned(range(first, 100))
     assert main(command) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -445,17 +449,16 @@ def test_a_run_that_ends_with_an_epoch_of_skipped_steps_has_diverged(first, row,
     assert [line["skipped_steps"] for line in log] == [4 - first, 0]
 
 
-def test_a_run_whose_weights_end_beyond_fp32_has_diverged_too(monkeypatch, tmp_path, capsys):
+def test_a_run_whose_weights_end_beyond_fp32_has_diverged_too(small_runs, capsys):
     """The step that ruins them is finite, and fewer than ten are left for skipping."""
-    monkeypatch.chdir(tmp_path)
     for more in ((), ("--resume", "auto")):  # it has not become a run that is done
-        assert main([*RUN, "--batch-size", "359", "--lr", "1e30", *more]) == 1
+        assert main([*RUN, "--batch-size", "33", "--lr", "1e30", *more]) == 1
         assert "diverged: the held-out loss after the last epoch is nan; lower --lr" in capsys.readouterr().err
         assert not list(Path("out").glob("*.pth"))
 
 
 def test_a_run_that_ends_with_fewer_has_not(poisoned):
     poisoned(range(5, 100))
-    assert main([*RUN, "--batch-size", "359", "--epochs", "2"]) == 0
+    assert main([*RUN, "--batch-size", "33", "--epochs", "2"]) == 0
     log = [json.loads(line) for line in Path("out/log.txt").read_text().splitlines()]
     assert [line["skipped_steps"] for line in log] == [0, 3]

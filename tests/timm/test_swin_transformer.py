@@ -12,7 +12,6 @@ import timm
 from datasets import DataConfig, build_loaders
 from main import main
 from quantization import RECIPES, Quantizer, Recipe, quant_linears, quantize_mx
-from training import loop
 
 NAME = "swin_tiny_patch4_window7_224"
 SMALL = {"embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2)}
@@ -50,7 +49,8 @@ def test_without_quantizers_it_is_the_stock_model_in_float64(img_size, randn, de
 def test_every_linear_multiplies_its_quantized_operands(img_size, randn, device):
     """Rebuilt with `quantize_mx` from what each layer got in a pass through the model, multiplied in float64.
 
-    Groups along N run through the tokens of all windows of all images, and none of these counts is a multiple of 32.
+    Groups along N run through the tokens of all windows of all images. In the first stage their number is no multiple
+    of 32; in the second one it depends on how timm's release pads a map that is smaller than a window.
     """
     model = small_swin(Recipe(*[Quantizer()] * 6), img_size, device)
     assert any(block.shift_size != (0, 0) for block in model.layers[0].blocks)
@@ -66,7 +66,7 @@ def test_every_linear_multiplies_its_quantized_operands(img_size, randn, device)
     assert len(layers) == 17
     for name, layer in layers.items():
         x, y, dx, dy = (t.flatten(0, -2) for t in seen[layer])
-        assert len(x) % 32 != 0, name
+        assert len(x) % 32 != 0 or not name.startswith("layers.0."), name
         q1, q2 = q(x, 1), q(layer.weight.detach(), 1)
         bias = 0 if layer.bias is None else layer.bias.detach().double()
         assert relative_error(y, q1.double() @ q2.double().T + bias) < 1e-6, name
@@ -77,13 +77,13 @@ def test_every_linear_multiplies_its_quantized_operands(img_size, randn, device)
 class TestRuns:
     """`main.py` on digits of 16 px: 4 x 4 patches, windows of 2 x 2 that shift by one."""
 
-    ARGUMENTS = ["--model", NAME, "--quant", "mxfp4", "--input-size", "16", "--batch-size", "180", "--epochs", "2"]
+    ARGUMENTS = ["--model", NAME, "--quant", "mxfp4", "--input-size", "16", "--batch-size", "10", "--epochs", "2"]
     ARGUMENTS += ["--device", "cpu", "--warmup-epochs", "0"]
     ALL = ["--q-ema", "--q-ramping", "--q-ramping-steps", "2"]
 
     @pytest.fixture(autouse=True)
-    def small(self, tmp_path, monkeypatch):
-        """The same model with 0.1 M parameters, so that an epoch takes seconds."""
+    def small(self, tmp_path, monkeypatch, digits_cut_to):
+        """The same model with 0.1 M parameters and a tenth of the images, so that an epoch takes a second."""
         monkeypatch.chdir(tmp_path)
         module = timm.models.swin_transformer
         create = module._create_swin_transformer
@@ -92,20 +92,14 @@ class TestRuns:
             return create(name, pretrained, **{**kwargs, **SMALL, "window_size": 2})
 
         monkeypatch.setattr(module, "_create_swin_transformer", create_small)
+        with digits_cut_to(50, 20):
+            yield
 
-    def test_resume_repeats_an_uninterrupted_run_bit_for_bit(self, monkeypatch, capsys):
+    def test_resume_repeats_an_uninterrupted_run_bit_for_bit(self, interrupted_in_epoch, capsys):
         arguments = [*self.ARGUMENTS, *self.ALL, "--model-ema-decay", "0.9"]
         assert main([*arguments, "--output-dir", "whole"]) == 0
         assert "17 linears in mxfp4" in capsys.readouterr().out
-        train = loop.train_one_epoch
-
-        def interrupted(step, loader, epoch, *rest):
-            if epoch == 1:
-                raise KeyboardInterrupt
-            return train(step, loader, epoch, *rest)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(loop, "train_one_epoch", interrupted)
+        with interrupted_in_epoch(1):
             assert main([*arguments, "--output-dir", "parts"]) == 130
         assert main([*arguments, "--output-dir", "parts", "--resume", "auto"]) == 0
         whole, parts = (torch.load(f"{d}/checkpoint.pth", weights_only=True) for d in ("whole", "parts"))
@@ -116,13 +110,13 @@ class TestRuns:
         for key, state in whole["optimizer"]["state"].items():
             assert all(torch.equal(parts["optimizer"]["state"][key][k], v) for k, v in state.items())
         assert sum("period" in state for state in whole["optimizer"]["state"].values()) == 17
-        assert whole["model"]["layers.1.downsample.reduction.ema_updates"] == 2 * (1437 // 180) >= 10
+        assert whole["model"]["layers.1.downsample.reduction.ema_updates"] == 2 * (50 // 10) >= 10
 
     def test_evaluation_and_finetuning(self, evaluated, capsys):
         assert main([*self.ARGUMENTS, "--epochs", "1", "--output-dir", "out"]) == 0
         log = json.loads(Path("out/log.txt").read_text())
         no_augmentation = {"repeats": 1, "aa": "none", "color_jitter": 0.0, "reprob": 0.0}
-        data = DataConfig("DIGITS", None, False, 16, batch_size=360, num_workers=0, seed=0, **no_augmentation)
+        data = DataConfig("DIGITS", None, False, 16, batch_size=50, num_workers=0, seed=0, **no_augmentation)
         ((images, labels),) = build_loaders(data).val
         model = timm.create_model(NAME, img_size=16, num_classes=10, quant=Recipe())
         model.load_state_dict(torch.load("out/checkpoint.pth", weights_only=True)["model"])

@@ -59,7 +59,7 @@ def test_every_option_has_a_help():
     assert all(action.help for action in build_parser()._actions)
 
 
-RUN = ["--epochs", "2", "--warmup-epochs", "1", "--batch-size", "718", "--device", "cpu"]
+RUN = ["--epochs", "2", "--warmup-epochs", "1", "--batch-size", "72", "--lr", "0.3", "--device", "cpu"]
 EFFECTS = {  # an option with another value than its default, and a number of log.txt that it changes
     "--min-lr": ("0.01", "lr"),
     "--warmup-lr": ("0.01", "lr"),
@@ -71,13 +71,20 @@ EFFECTS = {  # an option with another value than its default, and a number of lo
 }
 
 
+@pytest.fixture(scope="module")
+def small_runs(digits_cut_to):
+    """Epochs of two steps."""
+    with digits_cut_to(150, 36):
+        yield
+
+
 def logged(directory: Path, *options: str) -> list[dict]:
     assert main([*RUN, *options, "--output-dir", str(directory)]) == 0
     return [json.loads(line) for line in (directory / "log.txt").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def usual(tmp_path_factory) -> list[dict]:
+def usual(tmp_path_factory, small_runs) -> list[dict]:
     return logged(tmp_path_factory.mktemp("usual"))
 
 
@@ -87,7 +94,7 @@ def test_another_value_makes_another_run(option, usual, tmp_path):
     assert [line[number] for line in logged(tmp_path, option, value)] != [line[number] for line in usual]
 
 
-def test_another_k1_makes_other_periods(tmp_path):
+def test_another_k1_makes_other_periods(tmp_path, small_runs):
     """Ratios over a thousandth: every weight that moved over a step is given the longest period, two steps."""
     ramping = ["--quant", "mxfp4", "--q-ramping", "--q-ramping-steps", "1"]
     periods = [

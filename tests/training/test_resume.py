@@ -25,7 +25,7 @@ import engine
 from data.fingerprint import fingerprint_arrays, fingerprint_files
 from main import main
 from runtime.interrupts import Interrupts
-from tracking import laboratory
+from tracking import tracker
 from training import checkpoint
 
 EPOCHS, BATCH, IMAGES, DETECTION = 3, 10, 60, 2
@@ -185,6 +185,7 @@ def test_killed_between_any_two_renames(command, whole, monkeypatch):
     assert digest(Path("parts")) == digest(whole) and numbers(Path("parts")) == numbers(whole)
 
 
+# Arguments: the training step before which the process signals itself, 0 for never; the signal; a command.
 DRIVER = """
 import os, sys, torch
 torch.set_num_threads(1)
@@ -199,30 +200,24 @@ sys.exit(main.main(sys.argv[3:]))
 """
 
 
-@pytest.fixture
-def process(environment):
-    """process(call, number, arguments): a process that signals itself before its training step `call`; 0: never."""
-    env = environment | {"OMP_NUM_THREADS": "1"}
-
-    def run(call: int, number: signal.Signals, arguments: list[str]) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", DRIVER, str(call), str(int(number)), *arguments]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-
-    return run
-
-
-def test_kill_9_of_real_processes(command, whole, process):
+def test_kill_9_of_real_processes(command, whole, start):
     command += ["--save-steps", "2"]
     for call in (4, 6, 5):  # in the first epoch, in a detection, in the second epoch
-        assert process(call, signal.SIGKILL, command).returncode == -signal.SIGKILL
+        killed = start(Path(), DRIVER, str(call), str(int(signal.SIGKILL)), *command).result()
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert main(command) == 0
     assert_same_run(whole)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the same on a CPU has tests of its own")
-def test_kill_9_of_deit_tiny_on_a_gpu(data, process):
+def test_kill_9_of_deit_tiny_on_a_gpu(data, environment):
     """At 20 of its 22 steps, drawn at random, detections' among them: the run that goes on ends with the same bits."""
-    options = [*RUN, *ON_A_GPU, "--data-path", data]
+    options, env = [*RUN, *ON_A_GPU, "--data-path", data], environment | {"OMP_NUM_THREADS": "1"}
+
+    def process(call: int, number: signal.Signals, arguments: list[str]) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", DRIVER, str(call), str(int(number)), *arguments]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
     result = process(0, signal.SIGKILL, [*options, "--output-dir", "whole"])
     assert result.returncode == 0, result.stderr
     wanted = digest(Path("whole"))
@@ -290,17 +285,17 @@ class TestSignals:
         assert main(command) == 0
         assert_same_run(whole)
 
-    def test_in_a_real_process_with_a_loaders_processes(self, command, whole, process):
+    def test_in_a_real_process_with_a_loaders_processes(self, command, whole, start):
         command += ["--num-workers", "1"]
-        result = process(3, signal.SIGTERM, command)
+        result = start(Path(), DRIVER, "3", str(int(signal.SIGTERM)), *command).result()
         assert result.returncode == 75, result.stderr
         assert steps_saved() == 3 and main(command) == 0
         assert_same_run(whole)
 
-    def test_two_processes_of_which_one_gets_it(self, data, torchrun):
+    def test_two_processes_of_which_one_gets_it(self, data, ranks):
         """Both stop after the step at which they ask each other, the 10th of 15, and go on as if they had not."""
         options = [*RUN, "--batch-size", "2", "--epochs", "2", "--data-path", data, "--resume", "auto"]
-        result = torchrun(Path(), TWO_PROCESSES, *options)
+        result = ranks(Path(), TWO_PROCESSES, *options)
         assert result.returncode == 0, result.stderr
         assert [Path(f"codes-{rank}").read_text() for rank in range(2)] == ["[0, 75, 0]"] * 2
         saved = torch.load("stopped/checkpoint.pth", weights_only=True)
@@ -319,7 +314,7 @@ class TestSignals:
         finally:
             signal.signal(signal.SIGUSR1, before)
 
-    def test_a_second_signal_ends_at_once(self, environment):
+    def test_a_second_signal_ends_at_once(self, start):
         script = (
             "import signal, time, torch\n"
             "from runtime.interrupts import SAME_SIGNAL, Interrupts\n"
@@ -331,7 +326,7 @@ class TestSignals:
             "    signal.raise_signal(signal.SIGUSR1)\n"
             "    print('still here')\n"
         )
-        result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        result = start(Path(), script).result()
         assert result.returncode == -signal.SIGUSR1 and result.stdout == "True SIGTERM\n"
 
 
@@ -445,7 +440,7 @@ class TestCheckpoints:
 
 def test_a_tracked_window_in_progress_goes_on(data, monkeypatch):
     """Killed before, at the start of and within a window of 3 of 6 steps: the same oscillation.csv."""
-    monkeypatch.setattr(laboratory, "WINDOW", 3)
+    monkeypatch.setattr(tracker, "WINDOW", 3)
     options = [*RUN, "--epochs", "2", "--data-path", data, "--track-oscillation"]
     assert main([*options, "--output-dir", "whole"]) == 0
     command = [*options, "--output-dir", "parts", "--resume", "auto", "--save-steps", "1"]

@@ -6,7 +6,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,6 @@ from timm.layers import DropPath
 from torch import nn
 from torchvision.transforms import ColorJitter
 
-from data.in_memory import Digits
 from datasets import CALIBRATION_ORDER, set_epoch
 from engine import EpochSums, TrainStep, train_one_epoch
 from main import main
@@ -33,15 +31,10 @@ MXFP4 = [*TINY, "--quant", "mxfp4"]
 
 
 @pytest.fixture(autouse=True)
-def few_digits_in_an_empty_directory(tmp_path, monkeypatch):
-    """DIGITS with 64 images to train on and 20 held out."""
+def few_digits_in_an_empty_directory(tmp_path, monkeypatch, digits_cut_to):
     monkeypatch.chdir(tmp_path)
-    whole = Digits.arrays
-
-    def few(self: Digits, training: bool) -> tuple[np.ndarray, ...]:
-        return tuple(array[: 64 if training else 20] for array in whole(self, training))
-
-    monkeypatch.setattr(Digits, "arrays", few)
+    with digits_cut_to(64, 20):
+        yield
 
 
 @pytest.fixture

@@ -83,9 +83,11 @@ def test_period_1_is_torch_adamw(explicit, any_processor, randn, device):
             group["lr"] *= 0.9
         a.step()
         b.step()
-        for p, q in zip(mine, theirs):
-            # Each step rounds p twice, and makes the update, whose size is about the learning rate, in ten operations.
-            one_step = torch.finfo(torch.float32).eps / 2 * (2 * q.abs() + 10 * OPTIONS["lr"])
+        for p, q, lr in zip(mine, theirs, (OPTIONS["lr"], 3e-3, 3e-3)):
+            # Half units in the last place that one step can be off, constants counted as rounded, too: three of p
+            # (decay's constant and product, the last sum); of the update, whose size is at most lr, four in m, three in
+            # the root of v (half of v's four, and its own), and six in the rest of the quotient.
+            one_step = torch.finfo(torch.float32).eps / 2 * (3 * q.abs() + 13 * lr)
             assert ((p - q).abs() <= one_step * (step + 1)).all()
 
 
