@@ -1,7 +1,8 @@
 """The options of main.py: one frozen dataclass for each group, with the default, range and help of each option.
 
 `parse_args` alone reads an `argparse.Namespace`; everything after it takes `Options`. To add an option, add a field to
-its group. `option_rules.py` has what does not go together.
+its group. `option_rules.py` has the options that exclude each other. A run that goes on from a checkpoint must have the
+checkpoint's value of every option, except those in `free_on_resume` of the group.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from training.option_rules import RULES, downloadable
 
 EXIT_CODES = """exit codes: 0 done, 1 diverged, 2 something in the command must change, 130 interrupted,
 75 stopped by SIGTERM or SIGUSR1 with a checkpoint: start again with --resume auto. A second signal ends at once"""
-# Defaults of models that differ from DeiT's, by how the model's name begins; a later entry comes before an earlier one.
+# Defaults of models that differ from DeiT's, by the beginning of the model's name. If several match, the last one wins.
 # Swin: Liu et al. 2021, appendix A2.1, and the official config.py, whose learning rates 5e-4, 5e-6 and 5e-7 all scale
 # with the batch over 512: at the paper's 1,024 images they are 1e-3, 1e-5 and 1e-6, which are DeiT's.
 MODEL_RECIPES = {
@@ -84,8 +85,8 @@ def option(
 ) -> Field:
     """A field of a group of options.
 
-    `kind` parses the value and refuses what is out of range. An option that `needs` another one is refused without it.
-    It then has its default, or None where its type has None.
+    `kind` parses the value and refuses what is out of range. To give an option while the one that it `needs` is off is
+    an error. If it is not given then, it is None if its type allows None, else its default.
     """
     return field(default=default, metadata={"help": text, "type": kind, "needs": needs, **argparse_options})
 
@@ -116,6 +117,11 @@ class LowPrecision:
     """The recipe of the block linears, the remedies for oscillation, and what is measured of it."""
 
     title = "low precision"
+    # A checkpoint's identity has the first nine as its recipe, and `q_ramping` as its optimizer.
+    free_on_resume = (
+        *("quant", "quantizers", "backward_rounding", "backward_operands", "scaling"),
+        *("forward_element", "backward_element", "q_ema", "q_ema_beta", "q_ramping", "matmul", "track_oscillation"),
+    )
 
     quant: str = choice("none", "recipe of the block linears (default: none)", list(RECIPES))
     quantizers: tuple[str, ...] | None = option(
@@ -196,6 +202,7 @@ class Model:
     """The model and the weights that it starts from."""
 
     title = "model"
+    free_on_resume = ("model", "finetune")  # the identity has the model under its own key
 
     model: str = by_recipe(
         "deit_small_patch16_224", "any Vision Transformer of timm; any timm model with --quant none", str
@@ -209,6 +216,9 @@ class Data:
     """The data set, how its images are augmented, and how they are loaded."""
 
     title = "data"
+    # The identity has the number of classes, the input size, and a fingerprint of the files. `bad_images` may change
+    # because a first part that did not stop is the same either way.
+    free_on_resume = ("data_path", "download", "bad_images", "num_classes", "input_size", "num_workers")
 
     data_set: str = choice("DIGITS", lambda: _data_sets_in_words(), lambda: list(DATA_SETS))
     data_path: str | None = option(None, "directory of the data set", metavar="DIR")
@@ -237,6 +247,7 @@ class Training:
     """DeiT's recipe (Touvron et al. 2021, Table 9) over the paper's 90 epochs."""
 
     title = "training"
+    free_on_resume = ()
 
     epochs: int = by_recipe(90, "length of the run", whole(1))
     batch_size: int = by_recipe(256, "images per step and process", whole(1))
@@ -257,6 +268,7 @@ class Distillation:
     """Distillation from a teacher (Touvron et al. 2021, section 3)."""
 
     title = "distillation"
+    free_on_resume = ("teacher_path",)
 
     distillation_type: str = choice("none", "default: none", ["none", "soft", "hard"])
     distillation_alpha: float = option(0.5, "weight of the teacher (default: 0.5)", share, needs="distillation_type")
@@ -270,6 +282,10 @@ class Run:
     """Where and how the program runs, and what it leaves behind."""
 
     title = "run"
+    free_on_resume = (
+        *("device", "compile", "checkpoint_activations", "cuda_graph", "fsdp", "check_ranks", "output_dir", "resume"),
+        *("save_epochs", "save_steps", "keep_checkpoints", "deterministic", "eval"),
+    )
 
     device: str = choice("auto", "default: a GPU if there is one", ["auto", "cpu", "cuda"])
     compile: bool = switch("torch.compile the model, on a GPU; the first step takes a minute")
@@ -302,6 +318,8 @@ GROUPS = {
 }
 FIELDS: dict[str, Field] = {f.name: f for group in GROUPS.values() for f in fields(group)}
 """Every option by name."""
+SAME_ON_RESUME = tuple(f.name for group in GROUPS.values() for f in fields(group) if f.name not in group.free_on_resume)
+"""The options whose values a checkpoint's identity records, because a resumed run must train as its first part did."""
 
 
 @dataclass(frozen=True)

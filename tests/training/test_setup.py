@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from main import main
-from training.setup import SAME_ON_RESUME, implied_identity
+from training.options import GROUPS, SAME_ON_RESUME, names_of
+from training.setup import implied_identity
 
 TINY = ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "718", "--device", "cpu", "--input-size", "4"]
 TINY += ["--model", "deit_nano_patch4_32"]
@@ -93,6 +94,12 @@ def test_a_run_whose_tokens_decayed_is_refused_by_its_reason(finished, tmp_path,
         f"the same groups of parameters, {sizes}, the checkpoint has [{sizes[0] - 2}, {sizes[1] + 2}]: in older runs"
     )
     assert wanted in capsys.readouterr().err
+
+
+def test_an_option_must_stay_the_same_unless_its_group_says_otherwise():
+    for group in GROUPS.values():
+        assert set(group.free_on_resume) <= set(names_of(group))
+    assert "lr" in SAME_ON_RESUME and "teacher_model" in SAME_ON_RESUME and "output_dir" not in SAME_ON_RESUME
 
 
 def test_every_option_that_must_stay_the_same_has_an_implied_value():
