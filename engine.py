@@ -129,7 +129,9 @@ class TrainStep:
             optimizer.step()
 
     def settle(self, most: int = MOST_IN_A_ROW) -> None:
-        """Count the newest step if it was skipped. Every step calls it first; call it after the last step as well.
+        """Read the decision about the previous step, and count it if it was skipped.
+
+        Each step calls this before it decides its own skip; the caller does after the last step.
 
         Raises NonFiniteSteps if `most` steps in a row were skipped.
         """
@@ -206,9 +208,9 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train on every batch of `loader`, calling `after_step` after each; returns the epoch's means over all ranks.
 
-    `sums` holds the batches of the epoch that come before the first one of `loader`. It includes a step before
-    `after_step` is called. Skipped steps are counted but do not enter the means, which are NaN if all were skipped.
-    Raises NonFiniteSteps after too many in a row.
+    `sums` already covers the batches of the epoch that come before the first one of `loader`. Each step is added to it
+    before `after_step` is called. Skipped steps are counted but do not enter the means, which are NaN if all were
+    skipped. Raises NonFiniteSteps after too many in a row.
     """
     step.model.train()
     lr = max(group["lr"] for group in step.optimizer.param_groups)
@@ -275,7 +277,7 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
 def progress(loader: DataLoader | None, description: str, done: int = 0, total: int | None = None) -> tqdm:
     """A progress bar on the main process, over `loader` or over `total` steps, of which `done` are finished.
 
-    In a file it adds a line every ten seconds.
+    If the output goes to a file, the bar prints a line every ten seconds.
     """
     options = {"leave": False, "dynamic_ncols": True, "disable": not processes.is_main()}
     bar = tqdm(loader, description, initial=done, total=total, **options)

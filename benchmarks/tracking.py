@@ -20,7 +20,7 @@ from train_step import MODELS, Variant, training_step
 import timm
 from quantization import Recipe
 from runtime.environment import environment
-from tracking.laboratory import NUM_IMAGES, WINDOW, Laboratory
+from tracking.tracker import NUM_IMAGES, WINDOW, OscillationTracker
 
 FAR = 10**9  # steps to the end of the epoch: no window opens
 WITHOUT, OUTSIDE, WITHIN = "without", "outside a window", "within a window"
@@ -34,12 +34,12 @@ def measure(name: str, batch_size: int, graph: bool, device: torch.device, round
     step = training_step(model, batch_size, Variant(Recipe(), graph=graph), device)
     size = model.patch_embed.img_size
     images = TensorDataset(torch.randn(NUM_IMAGES, 3, *size), torch.zeros(NUM_IMAGES, dtype=torch.long))
-    outside, within = (Laboratory(model, images, device) for _ in range(2))
+    outside, within = (OscillationTracker(model, images, device) for _ in range(2))
     outside.before_epoch(FAR)
 
-    def tracked(laboratory: Laboratory) -> None:
+    def tracked(tracker: OscillationTracker) -> None:
         step()
-        laboratory.after_step()
+        tracker.after_step()
 
     times = {kind: [] for kind in (WITHOUT, OUTSIDE, WITHIN, OPENING, CLOSING)}
     for _ in range(6):  # compilation; recording a graph

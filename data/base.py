@@ -73,7 +73,7 @@ class DataSet(ABC):
 
     name: str
     description: str
-    """It completes the sentence "--data-path is the directory of ..."."""
+    """For the help of --data-set. If `needs_path`, it completes "--data-path is the directory of ..."."""
     num_classes: int | None
     """None: there are as many classes as the opened split has folders."""
     rgb: bool = True

@@ -57,10 +57,10 @@ class PlannedBatches(Dataset):
 
 @contextmanager
 def drawing_from(key: tuple[int, ...]) -> Iterator[None]:
-    """Within the context, the CPU's global generators of torch, numpy and Python start from `key`.
+    """Inside the `with` block, the CPU's global generators of torch, numpy and Python start from `key`.
 
-    On leaving, they are as before. Both together take a tenth of a millisecond. Generators of GPUs stay untouched,
-    because a loader's worker process must not use a GPU.
+    On leaving, they are as before. Entering and leaving take a tenth of a millisecond together. Generators of GPUs stay
+    untouched, because a loader's worker process must not use a GPU.
     """
     saved = torch.get_rng_state(), np.random.get_state(), random.getstate()
     words = np.random.SeedSequence(key).generate_state(4)

@@ -39,9 +39,9 @@ class FileBatch(NamedTuple):
 class ImageFiles(tv_datasets.ImageFolder):
     """One split: the images of a directory that has one folder per class.
 
-    `bad_images` says what happens to those that cannot be read. If they are skipped, the next readable image takes the
-    place of one; the first image follows the last. In training it brings its own label; the label of a held-out image
-    becomes `LEFT_OUT`.
+    `bad_images` says what happens to an image that cannot be read. If such images are skipped, the next readable image
+    replaces it (after the last image comes the first). In training the replacement keeps its own label; in evaluation
+    its label is `LEFT_OUT`.
     """
 
     def __init__(self, root: Path, transform: Transform, bad_images: BadImages, training: bool) -> None:

@@ -12,7 +12,7 @@ its result:
     Q2  W      1x32 along D   nearest, Q-EMA  Q5  dY     32x1 along N   stochastic
     Q3  dY     1x32 along C   stochastic      Q6  Q1(X)  32x1 along N   stochastic
 
-Q4 and Q6 quantize what the forward pass used a second time (double quantization), so that dX and dW are unbiased
+Q4 and Q6 quantize a second time what Q2 and Q1 quantized (double quantization), so that dX and dW are unbiased
 estimates of the straight-through gradient of the quantized forward pass: E[dX] = dY Q2(W), E[dW] = dY^T Q1(X).
 
 Every operand comes with its reduction axis last, so each matmul is `a @ b.T` of two row-major matrices; Q4 and Q6 read
@@ -74,8 +74,9 @@ class _Plan:
     """int64 [1], which counts the groups that underflow in FP8; None without FP8."""
 
     def fp8_of(self, first: Quantizer, second: Quantizer) -> tuple[Fp8, Fp8] | tuple[None, None]:
-        """FP8 formats of a matmul's operands, which both quantizers must have made, since other numbers do not fit.
+        """The FP8 formats of a matmul's two operands, or (None, None) if either of them is not quantized.
 
+        Numbers that no quantizer made are not exact in FP8.
         Gradients and, in the forward pass, activations come first: their scales span more binades than those of
         weights.
         """
@@ -84,10 +85,10 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Describes what the forward pass keeps of X or of W among the tensors that it saves for the backward pass.
+    """The form in which X or W lies among the tensors that the forward pass saves for the backward pass.
 
-    It keeps codes and scales where double quantization reads them, 4.25 bits a value, else the tensor as it came; and
-    the amax if the backward matmul is in FP8.
+    The forward pass keeps codes and scales where double quantization reads them, 4.25 bits a value, else the tensor as
+    it came; and the amax if the backward matmul is in FP8.
     """
 
     quantizer: Quantizer
@@ -404,7 +405,7 @@ class QuantLinear(nn.Linear):
             self.bias,
             *self._ema_arguments(),
             underflowed,
-            # It requires a gradient, so it would make the output of a frozen layer require one, too.
+            # This tensor requires a gradient, so passing it would make the output of a frozen layer require one, too.
             underflowed_backward if trains else None,
             self.recipe,
             use_fp8,

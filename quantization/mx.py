@@ -1,6 +1,7 @@
 """`quantize_mx` quantizes any floating-point tensor along any axis to packed MX codes and scales, and back.
 
-`backend_for` chooses what does it: Triton kernels (CUDA), the PyTorch reference (elsewhere), operators (compiled).
+`backend_for` chooses the implementation: Triton kernels (CUDA), the PyTorch reference (elsewhere), operators
+(compiled).
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def quantize_mx(
         raise TypeError(f"quantize_mx needs a floating-point tensor, got {x.dtype}; convert it with .float()")
     element, scaling, rounding = Element(element), Scaling(scaling), Rounding(rounding)
     if (rounding is Rounding.EMA) != (ema is not None):
-        raise ValueError(f"ema is for rounding='ema' and only for it, got rounding={rounding.value!r} and ema={ema}")
+        given = "no ema" if ema is None else "an ema"
+        raise ValueError(f"ema must be given if and only if rounding is 'ema', got {rounding.value!r} and {given}")
     if ema is not None and ema.shape != x.shape:
         raise ValueError(f"ema must have the shape of x, {tuple(x.shape)}, got {tuple(ema.shape)}")
     if key is not None and (key.dtype != torch.int64 or key.numel() != 1 or key.device != x.device):

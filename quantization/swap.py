@@ -12,7 +12,11 @@ from .matmul import Matmul
 from .recipe import Int4Recipe, Recipe, layer_class
 
 BLOCK_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-"""The linears of a transformer block, which are the layers that the paper quantizes."""
+"""The linears of a transformer block, which are the layers that the paper quantizes.
+
+Swin Transformers and `--track-oscillation` use this list, too. To quantize other layers of one model class, set its
+`quant_names` in `timm/models/`.
+"""
 
 
 def swap_linears(model: nn.Module, recipe: Recipe | Int4Recipe, names: Sequence[str] = BLOCK_LINEARS) -> nn.Module:
@@ -55,7 +59,9 @@ def plain_weight_linears(model: nn.Module) -> list[QuantLinear]:
     """
     layers = [layer for layer in quant_linears(model).values() if layer.recipe.q2.enabled]
     if not layers or any(layer.recipe.q_ema_beta is not None for layer in layers):
-        raise ValueError("the model must round its weights plainly; build it with a recipe with q2 and without Q-EMA")
+        raise ValueError(
+            "the model needs weights that Q2 quantizes without Q-EMA; build it with a recipe with q2 and without Q-EMA"
+        )
     return layers
 
 
@@ -67,7 +73,7 @@ def set_matmul(model: nn.Module, matmul: Matmul | str) -> None:
 
 @contextmanager
 def plain_rounding(model: nn.Module) -> Iterator[None]:
-    """Within, Q2 is the plain quantizer of the recipe, even if Q-EMA is on."""
+    """Inside the `with` block, Q2 is the plain quantizer of the recipe, even if Q-EMA is on."""
     layers = [layer for layer in quant_linears(model).values() if layer.use_q_ema]
     for layer in layers:
         layer.use_q_ema = False

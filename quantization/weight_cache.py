@@ -15,9 +15,9 @@ from .swap import quant_linears
 
 @contextmanager
 def weights_quantized_once(model: nn.Module) -> Iterator[None]:
-    """Within, Q2(W) is computed once for as long as the weight stays the same.
+    """Inside the `with` block, each Q2(W) is computed once and used again until its weight changes.
 
-    It is meant for the micro-batches of a step, and for an evaluation. Every backward pass still draws a new Q4.
+    The block is meant for the micro-batches of a step, and for an evaluation. Every backward pass still draws a new Q4.
 
     Optimizer steps, in-place edits, `load_state_dict`, averages that move and parameters that are replaced are
     noticed; an edit through `.data`, which PyTorch does not count, is not noticed until the block ends. Layers whose
@@ -41,7 +41,7 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
 
 
 class _VersionedCache(WeightCache):
-    """Keeps Q2(W) of one layer until one of the tensors changes from which it was made.
+    """Keeps Q2(W) of one layer until a tensor that it was computed from changes.
 
     Every in-place write to a tensor raises its version; a tensor put into another's place has another identity. Writes
     through `tensor.data` or by a CUDA graph change neither, so `weights_quantized_once` limits the cache's life.

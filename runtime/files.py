@@ -15,7 +15,7 @@ from runtime.errors import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, beside `path`, whose place it takes on leaving.
+    """Yield a temporary path beside `path`; if the block ends without an error, that file replaces `path`.
 
     A reader, also one after a crash, finds the old content or the new one. After an error the old one stays.
     """

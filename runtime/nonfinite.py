@@ -76,7 +76,9 @@ class Skips:
 
 
 def report(model: nn.Module, step: Step, device: torch.device) -> NonFiniteSteps:
-    """The message about the last skipped step. Every process must call it; the lowest cause found is reported.
+    """The message about the last skipped step, with the earliest cause found on any process.
+
+    A layer's output is the earliest cause, then the loss, then a gradient. Every process must call this function.
 
     It sends the step's images through the model once more, in its present mode and the caller's autocast.
     """

@@ -29,7 +29,7 @@ ends the job at once, without this wait."""
 _STORE_TIMEOUT = timedelta(seconds=5)
 _FAILED = "a rank has failed"
 _LET_GO = 0.1
-"""Seconds for threads that are not joined, since DTensor's caches keep the device mesh of FSDP and so the group."""
+"""Seconds to wait for threads that nothing joins: DTensor's caches keep FSDP's device mesh, and with it the group."""
 
 
 def start(device_type: str) -> torch.device:

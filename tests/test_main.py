@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 import main as program
 import timm
-from data.in_memory import Digits
 from datasets import DataConfig, build_loaders
 from main import main
 from quantization import RECIPES, Quantizer, RampingAdamW, Recipe, quantize_mx
-from tracking import laboratory, oscillation_csv
+from tracking import oscillation_csv, tracker
 from training import checkpoint, loop, setup
 from training.models import build_model
 from training.options import build_parser, parse_args
@@ -36,7 +35,9 @@ from training.setup import build_recipe
 
 TABLE_5 = list(product(("stochastic", "nearest"), ("double", "direct"), ("truncation_free", "floor")))
 REPOSITORY = Path(__file__).resolve().parent.parent
-TINY = ["--quant", "mxfp4", "--epochs", "2", "--batch-size", "360", "--device", "cpu", "--warmup-epochs", "0"]
+IMAGES, HELD_OUT, BATCH = 150, 36, 48  # of DIGITS here: epochs of three steps, six images are left over
+TINY = ["--quant", "mxfp4", "--epochs", "2", "--batch-size", str(BATCH), "--device", "cpu", "--warmup-epochs", "0"]
+TINY += ["--lr", "0.2"]
 ALL = ["--q-ema", "--q-ramping", "--q-ramping-steps", "3"]
 OSCI_RESET = ["--osci-reset", "--osci-reset-start", "0.3", "--osci-reset-interval", "3", "--osci-reset-threshold", "2"]
 RESUMED = {
@@ -47,7 +48,7 @@ RESUMED = {
     "ablation": ["--quantizers", "q2,q3", "--scaling", "floor"],
     "int4": ["--quant", "int4"],
     "dampen": ["--dampen", "0.1", "--dampen-reduction", "kernel_mean"],
-    "freeze": ["--freeze", "0.002", "--batch-size", "72", "--lr", "0.2"],
+    "freeze": ["--freeze", "0.002", "--batch-size", "16", "--lr", "1"],
     "micro-batches": ["--accumulate-steps", "2", "--checkpoint-activations", "--keep-last-batch", "--q-ema"],
     "osci-reset": OSCI_RESET,  # six steps: a window is open at the end of the first epoch
 }
@@ -56,6 +57,12 @@ RESUMED = {
 @pytest.fixture(autouse=True)
 def in_an_empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def small_epochs(digits_cut_to):
+    with digits_cut_to(IMAGES, HELD_OUT):
+        yield
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -87,15 +94,9 @@ def digits(input_size: int = 8) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
 
 
 @pytest.fixture
-def few_digits(monkeypatch):
-    """DIGITS has 24 training images and 12 held-out ones."""
-    whole = Digits.arrays
-
-    def few(self: Digits, training: bool) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = whole(self, training)
-        return (images[:24], labels[:24]) if training else (images[:12], labels[:12])
-
-    monkeypatch.setattr(Digits, "arrays", few)
+def few_digits(digits_cut_to):
+    with digits_cut_to(24, 12):
+        yield
 
 
 def quantized(x: Tensor, scaling: str | None, ema: Tensor | None = None) -> Tensor:
@@ -155,22 +156,12 @@ class TestTraining:
         assert Path("out/checkpoint.pth").is_file() and Path("out/best_checkpoint.pth").is_file()
 
     @pytest.mark.parametrize("name", RESUMED)
-    def test_resume_repeats_an_uninterrupted_run_bit_for_bit(self, name, environment, capsys):
+    def test_resume_repeats_an_uninterrupted_run_bit_for_bit(self, name, interrupted_in_epoch, capsys):
         arguments = [*TINY, *RESUMED[name], "--drop-path", "0.2", "--model-ema-decay", "0.9"]
         assert main([*arguments, "--output-dir", "whole"]) == 0
-        # The same run, stopped after its first epoch by an interrupt in the second.
-        script = (
-            "import sys, main; from training import loop\n"
-            "train = loop.train_one_epoch\n"
-            "def stop(step, loader, epoch, *rest):\n"
-            "    if epoch == 1: raise KeyboardInterrupt\n"
-            "    return train(step, loader, epoch, *rest)\n"
-            "loop.train_one_epoch = stop\n"
-            "sys.exit(main.main(sys.argv[1:]))\n"
-        )
-        command = [sys.executable, "-c", script, *arguments, "--output-dir", "parts"]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 130 and "--resume auto --output-dir parts goes on" in result.stderr
+        with interrupted_in_epoch(1):
+            assert main([*arguments, "--output-dir", "parts"]) == 130
+        assert "--resume auto --output-dir parts goes on" in capsys.readouterr().err
         assert len(lines_of(Path("parts/log.txt"))) == 1
         assert main([*arguments, "--output-dir", "parts", "--resume", "auto"]) == 0
         whole, parts = (torch.load(f"{d}/checkpoint.pth", weights_only=True) for d in ("whole", "parts"))
@@ -243,8 +234,10 @@ class TestTraining:
 
     @pytest.mark.usefixtures("few_digits")
     @pytest.mark.parametrize("kind", ["soft", "hard"])
-    def test_distillation(self, kind, evaluated):
+    def test_distillation(self, kind, evaluated, monkeypatch):
         """With a learning rate of 0, the logged loss follows from the saved weights and the formula, in float64."""
+        create, small = timm.models.deit._create_deit, {"embed_dim": 32, "depth": 2, "num_heads": 2}
+        monkeypatch.setattr(timm.models.deit, "_create_deit", lambda *args, **more: create(*args, **more | small))
         teacher = timm.create_model("deit_micro_patch4_32", img_size=32, num_classes=10)
         nn.init.normal_(teacher.head.weight, std=0.3)  # almost uniform probabilities would hide the temperature
         torch.save(teacher.state_dict(), "teacher.pth")
@@ -308,19 +301,19 @@ class TestTraining:
 @pytest.fixture
 def short_windows(monkeypatch):
     """Epochs of `TRACKED` have 2 steps: a window that opens within the epoch, as it does in a real one."""
-    monkeypatch.setattr(laboratory, "WINDOW", 1)
+    monkeypatch.setattr(tracker, "WINDOW", 1)
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory) -> Path:
+def tracked(tmp_path_factory, digits_cut_to) -> Path:
     directory = tmp_path_factory.mktemp("tracked")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(laboratory, "WINDOW", 1)
+    with digits_cut_to(IMAGES, HELD_OUT), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracker, "WINDOW", 1)
         assert main([*TRACKED, "--track-oscillation", "--output-dir", str(directory)]) == 0
     return directory
 
 
-TRACKED = [*TINY, "--model", "deit_micro_patch4_32", "--input-size", "8", "--batch-size", "718", "--num-workers", "0"]
+TRACKED = [*TINY, "--model", "deit_micro_patch4_32", "--input-size", "8", "--batch-size", "72", "--num-workers", "0"]
 TRACKED += ["--q-ema", "--q-ramping", "--q-ramping-steps", "1", "--drop-path", "0.2"]
 
 
@@ -352,18 +345,10 @@ class TestTrackOscillation:
         (events,) = (tracked / "tensorboard").glob("events.*")
         assert all(tag in events.read_bytes() for tag in (b"rate_q2/all", b"oscillating/all", b"latent_histogram"))
 
-    def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(self, tracked, monkeypatch, capsys):
+    def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(self, tracked, interrupted_in_epoch, capsys):
         options = [*TRACKED, "--track-oscillation", "--output-dir", "parts"]
-        train = loop.train_one_epoch
-
-        def killed_in_the_second(step, loader, epoch, *rest):
-            if epoch == 1:
-                raise KeyboardInterrupt
-            return train(step, loader, epoch, *rest)
-
-        monkeypatch.setattr(loop, "train_one_epoch", killed_in_the_second)
-        assert main(options) == 130
-        monkeypatch.setattr(loop, "train_one_epoch", train)
+        with interrupted_in_epoch(1):
+            assert main(options) == 130
         whole, parts = (tracked / "oscillation.csv").read_text(), Path("parts/oscillation.csv")
         first = parts.read_text()
         assert whole.startswith(first) and first.count("\n") > 100
@@ -448,7 +433,7 @@ MISTAKES = {
     "empty fashion": (["--data-set", "FASHION", "--data-path", "."], r"must hold train-images-idx3-ubyte or .*\.gz"),
     "empty cifar": (["--data-set", "CIFAR10", "--data-path", "."], r"must hold cifar-10-batches-py"),
     "classes": (["--num-classes", "5"], r"--num-classes 5 does not fit the data, which has 10 classes"),
-    "large batch": (["--batch-size", "5000"], r"at least one batch: DIGITS gives 1437 training images"),
+    "large batch": (["--batch-size", "5000"], r"at least one batch: DIGITS gives 150 training images"),
     "gpu": (["--device", "cuda"], r"--device cuda needs a GPU"),
     "q-ema alone": (["--q-ema"], r"--q-ema rounds quantized weights, got --quant none"),
     "q-ramping alone": (["--q-ramping"], r"--q-ramping needs quantized weights, got --quant none"),
@@ -678,7 +663,9 @@ class TestMistakes:
             torch.save({k: v for k, v in content.items() if k != part}, "damaged.pth")
             fails([*TINY, "--epochs", "1", "--resume", "damaged.pth"], "damaged", capsys)
         torch.save({"model": {}}, "stock.pth")
-        fails([*TINY, "--resume", "stock.pth"], "stock.pth is none. Weights of a stock model go to --finetune", capsys)
+        fails(
+            [*TINY, "--resume", "stock.pth"], "stock.pth is not one. Weights of a stock model go to --finetune", capsys
+        )
         torch.save([1, 2], "list.pth")
         fails([*TINY, "--resume", "list.pth"], "it holds a list", capsys)
         Path("text.pth").write_text("hello")
@@ -776,14 +763,20 @@ class TestMistakes:
 
 def test_a_compiled_run_is_a_run_like_any_other(monkeypatch, capsys):
     """The graph without the code generator, which takes minutes: same keys, same numbers, resumable uncompiled."""
-    compile_module = torch.nn.Module.compile
+    compile_module, build = torch.nn.Module.compile, setup.build_model
     compiled = []
+
+    def build_one_block(*arguments):
+        model = build(*arguments)
+        model.blocks = model.blocks[:1]
+        return model
 
     def without_code_generator(module):
         compiled.append(module)
         compile_module(module, backend="aot_eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", without_code_generator)
+    monkeypatch.setattr(setup, "build_model", build_one_block)
     options = [*TINY, "--epochs", "1"]
     assert main([*options, "--output-dir", "eager"]) == main([*options, "--compile", "--output-dir", "graph"]) == 0
     assert len(compiled) == 1

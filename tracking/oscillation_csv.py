@@ -1,4 +1,4 @@
-"""Reads and writes oscillation.csv, the file of the rows that `laboratory.py` has measured, one number per line.
+"""Reads and writes oscillation.csv, the file of the rows that `tracker.py` has measured, one number per line.
 
 | column | |
 | --- | --- |
@@ -32,7 +32,7 @@ ALL = "all"
 
 
 class Measure(str, Enum):
-    """The quantity in a line. None has a unit; histograms are shares."""
+    """The quantity in a line. The quantities have no units; histograms are shares."""
 
     RATE_WEIGHT = "rate_w"
     """r(W) = mean over the window's steps of ||W_t - W_(t-1)||_F / ||W_(t-1)||_F; `all`: the mean of the layers'."""
@@ -41,7 +41,7 @@ class Measure(str, Enum):
     RATE_OUTPUT = "rate_y"
     """r(Y) of a block's output for fixed held-out images."""
     OSCILLATING = "oscillating"
-    """Share of weights with an oscillation ratio R_w above 16, from 0 to 1."""
+    """Share of weights with an oscillation ratio R_w above `OSCILLATION_THRESHOLD`, from 0 to 1."""
     CONFIDENCE = "confidence"
     """Mean quantization confidence at the end of the window, from 0 to 1."""
     CONFIDENCE_HISTOGRAM = "confidence_histogram"
@@ -106,7 +106,9 @@ def read(path: Path) -> list[Row]:
             numbers = int(epoch), int(step), int(window)
             rows.append(Row(*numbers, Measure(measure), where, float(x) if x else None, float(value)))
         except ValueError as error:
-            raise ValueError(f"line {number} of {path} is none of {FILE_NAME}: {','.join(cells)[:80]!r}") from error
+            raise ValueError(
+                f"line {number} of {path} is not a row of {FILE_NAME}: {','.join(cells)[:80]!r}"
+            ) from error
     return rows
 
 

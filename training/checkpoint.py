@@ -135,7 +135,7 @@ def write(state: dict, path: Path, keep: int = 1) -> None:
     """Put `state` into `path`, and the `keep` - 1 files that were there before into earlier_checkpoint_1.pth and so on.
 
     A reader, also one after a crash of the program or the machine, finds old files or new ones, never half a file.
-    Between two renames `path` may be missing, but then the file before it is there.
+    After a crash between the renames `path` is missing, but earlier_checkpoint_1.pth is there.
     """
     with replacing(path) as temporary:
         try:
@@ -210,7 +210,7 @@ def load(path: Path, identity: dict, implied: Mapping[str, object] | None = None
     state = _read(path, whole=True)
     if _differ(FORMAT, state.get("format")) or _differ(VERSION, state.get("version")):
         raise Damaged(
-            f"--resume needs a checkpoint of this program, version {VERSION}; {path} is none. "
+            f"--resume needs a checkpoint of this program, version {VERSION}; {path} is not one. "
             "Weights of a stock model go to --finetune"
         )
     theirs = state.get("identity")
@@ -262,7 +262,7 @@ def load_weights(model: nn.Module, path: Path, option: str = "--finetune", new_h
 def _read(path: Path, whole: bool = False) -> dict:
     """With `whole`, every byte is compared with the file's checksums, which PyTorch writes but does not check."""
     if not path.is_file():
-        raise UserError(f"a checkpoint must be a file, got {path}, which is none")
+        raise UserError(f"a checkpoint must be a file, got {path}, which is not one")
     try:
         if whole:
             with zipfile.ZipFile(path) as archive:

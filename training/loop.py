@@ -30,7 +30,7 @@ from runtime.errors import NonFiniteSteps, Stopped
 from runtime.interrupts import Interrupts
 from runtime.nonfinite import MOST_IN_A_ROW
 from runtime.rank_check import RankCheck
-from tracking.laboratory import Laboratory
+from tracking.tracker import OscillationTracker
 from training import checkpoint
 from training.run_log import TABLE_HEAD, RunLog, table_row
 
@@ -94,14 +94,14 @@ class Training:
     save_epochs: int
     """Epochs between two checkpoints."""
     save_steps: int | None
-    """Steps between two more checkpoints."""
+    """Steps between additional checkpoints within an epoch, or None for no such checkpoints."""
     num_parameters: int
     """Number of parameters of the whole model, for the log."""
     q_ema: QEma | None = None
     remedy: Dampen | Freeze | OsciReset | None = None
     """The remedy for oscillation that follows the weights after each step, besides Q-EMA."""
     ramping: QRamping | None = None
-    laboratory: Laboratory | None = None
+    tracker: OscillationTracker | None = None
     check: RankCheck | None = None
     _tallies: deque[tuple[int, int | Tensor]] = field(default_factory=lambda: deque(maxlen=MOST_IN_A_ROW + 1))
     """Bad images and lost groups of the epoch so far, after each of the last steps."""
@@ -111,17 +111,18 @@ class Training:
     """Epoch and step of the last checkpoint."""
 
     def run(self, log: RunLog) -> None:
-        """Raises Stopped after a signal, with a checkpoint written, and NonFiniteSteps if training diverges.
+        """Train the remaining epochs.
 
-        If steps were skipped, the last checkpoint holds the state before them. If only the last held-out loss is not
-        finite, no checkpoint is written.
+        Raises Stopped after a signal, with a checkpoint written, and NonFiniteSteps if training diverges. If steps were
+        skipped, the last checkpoint holds the state before them. If only the last held-out loss is not finite, no
+        checkpoint is written.
         """
         processes.say(TABLE_HEAD)
         for epoch in range(self.progress.epoch, self.epochs):
             numbers = self._train(epoch)
             self.progress.scheduler.step(epoch + 1)
-            if self.laboratory is not None:
-                log.oscillation(self.laboratory.after_epoch(epoch, (epoch + 1) * len(self.loaders.train)))
+            if self.tracker is not None:
+                log.oscillation(self.tracker.after_epoch(epoch, (epoch + 1) * len(self.loaders.train)))
             numbers |= self._evaluate()
             finite = math.isfinite(numbers["test_loss"])
             if epoch + 1 == self.epochs and not finite:  # a run that ends so leaves no final checkpoint
@@ -134,9 +135,8 @@ class Training:
             if is_best:
                 self.progress.best_acc1 = numbers["test_acc1"]
             self.progress.sums = EpochSums()
-            log.epoch(
-                numbers
-            )  # before the checkpoint: an epoch that is logged but not saved is repeated and logged again
+            # The log comes before the checkpoint: an epoch that is logged but not saved is repeated and logged again.
+            log.epoch(numbers)
             if self._saves_epoch(epoch):
                 self._save(is_best)
             elif is_best:
@@ -158,8 +158,8 @@ class Training:
                 except Stopped:
                     self._stop()
             set_epoch(self.loaders.train, self.data, epoch, sums.steps)
-            if self.laboratory is not None:
-                self.laboratory.before_epoch(len(self.loaders.train) - sums.steps)
+            if self.tracker is not None:
+                self.tracker.before_epoch(len(self.loaders.train) - sums.steps)
             numbers = train_one_epoch(self.step, self.loaders.train, epoch, self.epochs, self._after_step, sums)
             return {"epoch": epoch} | numbers
         except NonFiniteSteps:
@@ -173,7 +173,7 @@ class Training:
             raise
 
     def _after_step(self) -> None:
-        """Everything that follows an optimizer step. In a skipped step, only the laboratory acts."""
+        """Everything that follows an optimizer step. In a skipped step, only the tracker acts."""
         sums, skip = self.progress.sums, self.step.skip
         sums.bad_images += take_bad_images(self.loaders.train)[0]
         sums.lost_groups = sums.lost_groups + take_lost_groups(self.step.device)
@@ -184,8 +184,8 @@ class Training:
             self.remedy.update(skip)
         if self.progress.model_ema is not None:
             update_average(self.progress.model_ema, self.progress.model, skip)
-        if self.laboratory is not None:
-            self.laboratory.after_step()
+        if self.tracker is not None:
+            self.tracker.after_step()
         if self.check is not None:
             self.check.after_step()
         epoch, done, num_steps = self.progress.epoch, sums.steps, len(self.loaders.train)

@@ -20,9 +20,10 @@ from training.run_files import DLLOGGER, LOG, TENSORBOARD
 
 
 class RunLog:
-    """Writes on the main process only. Files are appended to, so that a resumed run continues them.
+    """Writes the numbers that `training/loop.py` collects for each epoch, on the main process only.
 
-    log.txt and TensorBoard drop their epochs from `epoch` on, which the run is about to repeat.
+    Files are appended to, so that a resumed run continues them. log.txt and TensorBoard drop their epochs from `epoch`
+    on, which the run is about to repeat.
     """
 
     def __init__(self, directory: Path, parameters: dict, epoch: int = 0) -> None:

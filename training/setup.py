@@ -46,33 +46,22 @@ from runtime.nonfinite import running_statistics
 from runtime.processes import say
 from runtime.rank_check import RankCheck
 from tracking import oscillation_csv
-from tracking.laboratory import Laboratory
+from tracking.tracker import OscillationTracker
 from training import checkpoint
 from training.loop import QRamping, Training, count_bad_images
 from training.losses import Criterion, DistillationLoss, base_criterion
 from training.models import build_model, checkpoint_activations, model_input_size, share_weights
-from training.options import FIELDS, LowPrecision, Options, flag
+from training.options import FIELDS, SAME_ON_RESUME, LowPrecision, Options, flag
 from training.run_log import RunLog
 
-# A resumed run must train as its first part did, so the checkpoint's identity has these. Weights can always go to
-# --finetune. `bad_images` may change: a first part that did not stop is the same either way.
-SAME_ON_RESUME = (
-    *("epochs", "batch_size", "lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "model_ema_decay"),
-    *("drop_path", "smoothing", "mixup", "cutmix", "aa", "color_jitter", "reprob", "repeats", "data_set", "seed"),
-    *("accumulate_steps", "keep_last_batch"),
-    *("clip_grad", "q_ramping_k1", "q_ramping_k2", "q_ramping_steps"),
-    *("dampen", "dampen_reduction", "freeze"),
-    *("osci_reset", "osci_reset_interval", "osci_reset_threshold", "osci_reset_start"),
-    *("distillation_type", "distillation_alpha", "distillation_tau", "teacher_model"),
-)
 OPTIMIZER, DATA = "optimizer", "data"
 """Keys of the identity that are no options."""
 
 
 def implied_identity() -> dict[str, object]:
-    """The values of options that an older checkpoint's identity lacks: each is the only one that existed then.
+    """The values to assume for options that did not exist when an older checkpoint was written.
 
-    An option that `needs` another one, which is off then, has no value if its type allows that.
+    They are the defaults; an option that `needs` another one, which is off then, is None if its type allows None.
     """
     implied = {OPTIMIZER: "AdamW"}
     for name in SAME_ON_RESUME:
@@ -173,7 +162,10 @@ def prepare(options: Options, device: torch.device) -> Setup:
 
 
 def build_optimizer(options: Options, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW whose learning rate is scaled linearly with the global batch over 512; 1-d parameters do not decay."""
+    """AdamW with the learning rate of 512 images, scaled linearly with the global batch.
+
+    1-d parameters and those that `model.no_weight_decay()` names (tokens, position embeddings) have no weight decay.
+    """
     training = options.training
     no_decay = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     groups = param_groups_weight_decay(model, training.weight_decay, no_weight_decay_list=no_decay)
@@ -287,7 +279,7 @@ def evaluate_only(setup: Setup) -> None:
 
 
 def train(setup: Setup) -> None:
-    """Everything is checked before the output directory is made."""
+    """Train to the last epoch. Everything is checked before the output directory is made."""
     options, directory = setup.options, output_directory(setup.options)
     present = checkpoint.stamps(directory)
     resume = find_resume(options)
@@ -306,7 +298,7 @@ def train(setup: Setup) -> None:
     with exclusive(directory, "--output-dir") if processes.is_main() else nullcontext():
         if processes.is_main() and checkpoint.stamps(directory) != present:
             raise UserError(f"--output-dir {directory} must be free, another process was there until now; start again")
-        if training.laboratory is not None:
+        if training.tracker is not None:
             oscillation_csv.start(directory / oscillation_csv.FILE_NAME, progress.epoch)
         describe(setup, directory, training.num_parameters)
         if state is not None:
@@ -319,7 +311,7 @@ def train(setup: Setup) -> None:
 
 
 def run_to_the_end(training: Training, log: RunLog, directory: Path) -> None:
-    """Raises KeyboardInterrupt, with the way to go on, if the user interrupts the run."""
+    """Train the remaining epochs. Raises KeyboardInterrupt, with the way to go on, if the user interrupts the run."""
     try:
         training.run(log)
     except KeyboardInterrupt as error:
@@ -346,11 +338,7 @@ def build_training(setup: Setup, identity: dict, directory: Path, from_start: bo
     if precision.quant == "int4" and from_start:
         initialise_int4_steps(setup)
     num_parameters = sum(p.numel() for p in model.parameters())
-    if processes.world_size() > 1 and running_statistics(model):
-        raise UserError(
-            f"--model {options.model.model} has batch norms, whose statistics would differ between processes; "
-            "train it by one"
-        )
+    refuse_batch_norms(options, model)
     share_weights(model, device)
     q_ema = QEma(model) if precision.q_ema else None
     model_ema = ModelEmaV3(model, training.model_ema_decay) if training.model_ema_decay else None
@@ -369,11 +357,7 @@ def build_training(setup: Setup, identity: dict, directory: Path, from_start: bo
         accumulate_steps=training.accumulate_steps,
     )
     interrupts = Interrupts(device)
-    laboratory = None
-    if precision.track_oscillation:
-        laboratory = Laboratory(model, loaders.val.dataset, device)  # in every process: it refuses some models
-    if not processes.is_main():
-        laboratory = None  # the weights are the same everywhere
+    tracker = build_tracker(setup) if precision.track_oscillation else None
     progress = checkpoint.Run(
         identity,
         model,
@@ -382,7 +366,7 @@ def build_training(setup: Setup, identity: dict, directory: Path, from_start: bo
         model_ema,
         sums=EpochSums(),
         more={"skips": step.skips} | ({} if remedy is None else {"oscillation": remedy}),
-        within={} if laboratory is None else {"laboratory": laboratory},
+        within={} if tracker is None else {"laboratory": tracker},  # the key of checkpoints that exist
         keep=options.run.keep_checkpoints,
     )
     return Training(
@@ -399,8 +383,25 @@ def build_training(setup: Setup, identity: dict, directory: Path, from_start: bo
         q_ema=q_ema,
         remedy=remedy,
         ramping=build_ramping(setup, step, interrupts) if precision.q_ramping else None,
-        laboratory=laboratory,
+        tracker=tracker,
     )
+
+
+def refuse_batch_norms(options: Options, model: nn.Module) -> None:
+    if processes.world_size() > 1 and running_statistics(model):
+        raise UserError(
+            f"--model {options.model.model} has batch norms, whose statistics would differ between processes; "
+            "train it by one"
+        )
+
+
+def build_tracker(setup: Setup) -> OscillationTracker | None:
+    """The tracker on the main process, because all processes have the same weights; None on the others.
+
+    Every process builds it, so that all of them refuse a model that it does not support.
+    """
+    tracker = OscillationTracker(setup.model, setup.loaders.val.dataset, setup.device)
+    return tracker if processes.is_main() else None
 
 
 def initialise_int4_steps(setup: Setup) -> None:

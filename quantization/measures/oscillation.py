@@ -1,6 +1,6 @@
 """Measures how weights move over training steps, before and after their quantizer (paper sections 4 and 6).
 
-This file computes paths, rates of change and oscillation ratios from weights. `tracking/laboratory.py` calls it in a
+This file computes paths, rates of change and oscillation ratios from weights. `tracking/tracker.py` calls it in a
 training run with `--track-oscillation`, and `tracking/oscillation_csv.py` reads and writes the file of its results;
 Q-Ramping and OsciReset use the ratios to decide.
 

@@ -217,8 +217,8 @@ def detect_oscillation(
     """Measure the oscillation ratio R_w of every quantized weight that `optimizer` trains.
 
     The measurement takes `steps` steps of plain AdamW from the present state. `train_step(batch)` does one step of
-    forward, backward and `optimizer.step()` on `model`, which meanwhile rounds its weights plainly, even if Q-EMA is
-    on. A `loader` that is shorter than `steps` is repeated. Afterwards model, optimizer and random generators are as
+    forward, backward and `optimizer.step()` on `model`, which meanwhile rounds its weights without Q-EMA, even if that
+    is on. A `loader` that is shorter than `steps` is repeated. Afterwards model, optimizer and random generators are as
     if nothing had happened; give `loader` an order of its own.
 
     Raises ValueError for a loader without a batch and for fewer than one step.

@@ -19,16 +19,17 @@ from .schedule import cosine
 
 
 class Reduction(str, Enum):
-    """The function R of a layer's difference D_CD = W - Q2(W)."""
+    """The function R of a layer's difference E_CD = W - Q2(W)."""
 
     SUM = "sum"
-    """||D||_F^2, as in TetraJet's paper."""
+    """||E||_F^2, as in TetraJet's paper."""
     KERNEL_MEAN = "kernel_mean"
-    """||D||_F^2 over the number of input channels: the sum over output channels of means of Nagel et al."""
+    """||E||_F^2 divided by the number of input channels, which sums the means of the output channels (Nagel et al.)."""
 
 
 class Dampen(StepCount):
-    """Adds the gradient of the dampening loss, 2 lambda (W - Q2(W)) or that over D, to the weights' gradients.
+    """Adds the gradient of the dampening loss, 2 lambda (W - Q2(W)), to the weights' gradients; with
+    `kernel_mean` it is divided by the number of input channels.
 
     It adds this gradient after the backward pass, instead of adding the loss before it. The update is the same, needs
     no second graph, and is equal on all processes. The loss that a run reports is the loss of the task alone. lambda
@@ -36,8 +37,8 @@ class Dampen(StepCount):
     Nagel et al. clip W to the range of the grid first. Truncation-free scaling leaves nothing to clip; with floor
     scaling, weights beyond the grid are pulled into it.
 
-    Raises ValueError for a negative weight, fewer than one step, an unknown reduction, and a model that does not
-    round weights plainly.
+    Raises ValueError for a negative weight, fewer than one step, an unknown reduction, and a model without
+    weights that Q2 quantizes without Q-EMA.
     """
 
     def __init__(

@@ -58,7 +58,7 @@ class Freeze(StepCount):
     `threshold`.
 
     Raises ValueError for a threshold above 0.1, for one below twice the momentum (a single oscillation would freeze a
-    weight), for fewer than one step, and for a model that does not round weights plainly.
+    weight), for fewer than one step, and for a model without weights that Q2 quantizes without Q-EMA.
     """
 
     @torch.no_grad()

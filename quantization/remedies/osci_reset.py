@@ -33,7 +33,7 @@ class OsciReset(StepCount):
     of `state_dict`.
 
     Raises ValueError for a start outside [0, 1], an interval or a run of less than one step, a threshold that is not
-    positive, and a model that does not round weights plainly.
+    positive, and a model without weights that Q2 quantizes without Q-EMA.
     """
 
     def __init__(

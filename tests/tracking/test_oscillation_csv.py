@@ -66,8 +66,8 @@ HEADER = "epoch,step,window,measure,where,x,value\n"
     [
         ("", "must start with epoch,step"),
         ("epoch,loss\n0,1\n", "must start with epoch,step,.* got 'epoch,loss'"),
-        (HEADER + "0,1,2,speed,all,,1\n", "line 2 of .* is none of oscillation.csv: '0,1,2,speed"),
-        (HEADER + "0,1,2,rate_w,all,,1\n0,1\n", "line 3 of .* is none of oscillation.csv: '0,1'"),
+        (HEADER + "0,1,2,speed,all,,1\n", "line 2 of .* is not a row of oscillation.csv: '0,1,2,speed"),
+        (HEADER + "0,1,2,rate_w,all,,1\n0,1\n", "line 3 of .* is not a row of oscillation.csv: '0,1'"),
     ],
 )
 def test_another_file_is_refused_and_left_alone(text, problem, tmp_path):

@@ -1,8 +1,8 @@
 """The installed Vision Transformer, whose models take `quant=Recipe`; and two small DeiTs.
 
-`quant` swaps the four linears of every transformer block for `quantization.QuantLinear`, or for `Int4Linear` with an
-`Int4Recipe`. Every model that builds on the class takes it too, the DeiT family (`timm/models/deit.py`, installed)
-among them.
+`quant` swaps the four linears of every transformer block (`BLOCK_LINEARS`: qkv, proj, fc1, fc2) for
+`quantization.QuantLinear`, or for `Int4Linear` with an `Int4Recipe`. Every model that builds on the class takes it too,
+the DeiT family (`timm/models/deit.py`, installed) among them.
 """
 
 from timm._overlay import run_installed

@@ -122,5 +122,5 @@ def test_what_makes_no_sense_is_refused(options, message, device):
 
 
 def test_a_model_without_plainly_rounded_weights_is_refused():
-    with pytest.raises(ValueError, match="must round its weights plainly"):
+    with pytest.raises(ValueError, match="needs weights that Q2 quantizes without Q-EMA"):
         OsciReset(nn.Linear(3, 3), total_steps=10)

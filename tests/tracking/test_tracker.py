@@ -1,4 +1,4 @@
-"""The laboratory's windows and its fixed input; the whole of a tracked run is in test_main.py."""
+"""The tracker's windows and its fixed input; the whole of a tracked run is in test_main.py."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.utils.data import TensorDataset
 import timm
 from quantization import Recipe, quantize_mx
 from runtime.errors import UserError
-from tracking import laboratory
-from tracking.laboratory import Laboratory
+from tracking import tracker
 from tracking.oscillation_csv import Measure
+from tracking.tracker import OscillationTracker
 
 
 def make(device: torch.device, depth: int = 2, images: int = 100) -> tuple[torch.nn.Module, TensorDataset]:
@@ -40,13 +40,13 @@ def generators() -> tuple:
 @pytest.mark.parametrize("depth, block", [(1, 0), (2, 1), (4, 2), (12, 8), (24, 17)])
 def test_the_measured_block_is_the_ninth_of_twelve(depth, block):
     model, dataset = make(torch.device("cpu"), depth)
-    assert Laboratory(model, dataset, torch.device("cpu")).block == f"blocks.{block}"
+    assert OscillationTracker(model, dataset, torch.device("cpu")).block == f"blocks.{block}"
 
 
 def test_output_is_that_of_evaluation_and_leaves_no_trace(device):
     model, dataset = make(device)
     model.blocks[0].eval()  # whatever mode a module is in, it stays in
-    test = Laboratory(model, dataset, device)
+    test = OscillationTracker(model, dataset, device)
     before, modes = generators(), [m.training for m in model.modules()]
     tensors = {name: value.clone() for name, value in model.state_dict().items()}
     output = test._block_output()
@@ -79,16 +79,16 @@ def test_a_compiled_model_shows_its_output_too():
     model.compile(backend="eager")
     images = torch.randn(5, 4)
     model(images)
-    test = Laboratory(model, TensorDataset(images, torch.zeros(5)), torch.device("cpu"))
+    test = OscillationTracker(model, TensorDataset(images, torch.zeros(5)), torch.device("cpu"))
     assert test.block == "1" and torch.equal(test._block_output(), model[1](model[0](images)))
 
 
 @pytest.mark.parametrize("steps, window", [(9, 4), (5, 4), (4, 4), (3, 3), (1, 1)])
 def test_windows_are_the_last_steps_of_an_epoch(steps, window, device, monkeypatch):
-    assert laboratory.WINDOW == 30
-    monkeypatch.setattr(laboratory, "WINDOW", 4)
+    assert tracker.WINDOW == 30
+    monkeypatch.setattr(tracker, "WINDOW", 4)
     model, dataset = make(device, depth=1, images=3)
-    test = Laboratory(model, dataset, device)
+    test = OscillationTracker(model, dataset, device)
     for epoch in range(2):
         test.before_epoch(steps)
         weights, outputs = [], []
@@ -112,7 +112,7 @@ def test_windows_are_the_last_steps_of_an_epoch(steps, window, device, monkeypat
 
 def test_means_over_the_layers_and_over_the_weights(device):
     model, dataset = make(device, images=3)
-    test = Laboratory(model, dataset, device)
+    test = OscillationTracker(model, dataset, device)
     test.before_epoch(4)
     for _ in range(4):
         move(model)
@@ -143,9 +143,9 @@ def sureness(latent: np.ndarray) -> np.ndarray:
 
 
 def test_what_is_measured_of_quantized_weights(device):
-    """Weights that go to and fro by little, followed beside the laboratory: rates, ratios, confidence, trajectories."""
+    """Weights that go to and fro by little, followed beside the tracker: rates, ratios, confidence, trajectories."""
     model, dataset = make(device, images=3)
-    test = Laboratory(model, dataset, device)
+    test = OscillationTracker(model, dataset, device)
     history: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {name: [] for name in test.layers}
 
     def follow() -> None:
@@ -198,7 +198,7 @@ def test_what_is_measured_of_quantized_weights(device):
 
 def test_nothing_is_measured_outside_a_window(device, monkeypatch):
     model, dataset = make(device, depth=1, images=3)
-    test = Laboratory(model, dataset, device)
+    test = OscillationTracker(model, dataset, device)
     test.before_epoch(100)
     with monkeypatch.context() as context:
         context.setattr(torch.Tensor, "__torch_function__", lambda *_: pytest.fail("a tensor was touched"))
@@ -209,4 +209,4 @@ def test_nothing_is_measured_outside_a_window(device, monkeypatch):
 
 def test_a_model_without_blocks():
     with pytest.raises(UserError, match="linears attn.qkv, attn.proj, mlp.fc1, mlp.fc2, Linear has none; choose"):
-        Laboratory(torch.nn.Linear(2, 2), TensorDataset(torch.ones(1, 2), torch.ones(1)), torch.device("cpu"))
+        OscillationTracker(torch.nn.Linear(2, 2), TensorDataset(torch.ones(1, 2), torch.ones(1)), torch.device("cpu"))

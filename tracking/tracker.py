@@ -3,7 +3,7 @@
 `quantization/measures/` has the formulas; this file decides when to apply them, and to what. It returns rows, which
 `oscillation_csv.py` writes.
 
-The last 30 steps of every epoch are a window. At its start and after each of its steps, the laboratory reads the
+The last 30 steps of every epoch are a window. At its start and after each of its steps, the tracker reads the
 weights and sends held-out images through the model in fp32, as evaluation does. It draws no random number, and the
 training keeps its bits. Outside the windows it only counts steps.
 """
@@ -29,7 +29,7 @@ from tracking.oscillation_csv import ALL, Measure, Row
 WINDOW = 30  # T0 of the paper
 NUM_IMAGES = 64
 NUM_TRAJECTORIES = 4
-BLOCK_DEPTH = 0.75  # whose output is measured: the 9th of 12, as in the paper's Table 3
+BLOCK_DEPTH = 0.75  # the output of this block is measured: the 9th of 12, as in the paper's Table 3
 CONFIDENCE_BINS = 32
 LATENT_BINS_PER_STEP = 4  # of the grid's smallest step
 
@@ -38,7 +38,7 @@ class _Reached(Exception):
     """Raised when the block has its output, so that the rest of the model does not run."""
 
 
-class Laboratory:
+class OscillationTracker:
     """Measures one training run on one process.
 
     `dataset` gives (image, label) for an index; the fixed input is made of evenly spaced images. Raises UserError for
@@ -63,7 +63,7 @@ class Laboratory:
         chosen = (i * len(dataset) // count for i in range(count))
         self._images = torch.stack([dataset[i][0] for i in chosen]).to(device)
         self._weights: OscillationWindow | None = None
-        self._until_window: int | None = None  # until an epoch begins
+        self._until_window: int | None = None  # None until an epoch begins
 
     def before_epoch(self, steps: int) -> None:
         """Call at the start of an epoch that has `steps` left. A window that `load_state_dict` restored goes on."""
