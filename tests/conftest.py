@@ -10,8 +10,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, one a core
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -131,26 +132,28 @@ def interrupted_in_epoch():
     return interrupted
 
 
-class Forked:
-    """A Python script in a process of its own, started by the fork server."""
+class Started:
+    """A Python script in a process of its own."""
 
-    def __init__(self, pid: int, ask, output: list[Path]) -> None:
-        self.pid, self._ask, self._output = pid, ask, output
+    def __init__(self, pid: int, wait: Callable[[], int], output: list[Path]) -> None:
+        self.pid, self._wait, self._output = pid, wait, output
 
     def result(self) -> subprocess.CompletedProcess:
         """Wait for its end."""
-        code = self._ask(wait=self.pid)
+        code = self._wait()
         return subprocess.CompletedProcess([], code, *(path.read_text() for path in self._output))
 
 
-@pytest.fixture(scope="session")
-def start(environment, tmp_path_factory):
-    """start(directory, script, *arguments, **environment): a `Forked` process, in milliseconds instead of seconds.
+@contextmanager
+def fork_server(env: dict[str, str]) -> Iterator[Callable[..., int] | None]:
+    """Yields ask(**request), which returns the server's answer, or None where a process like that must not fork.
 
-    For scripts that import the program. Where the start of Python itself is tested, take `subprocess`.
+    CUDA does not work in a forked process, and threads, which some releases of PyTorch start when they are imported on
+    machines with many cores, are missing there.
     """
-    env = environment | {"OMP_NUM_THREADS": "1"}
-    output = tmp_path_factory.mktemp("output")
+    if torch.cuda.is_available():
+        yield None
+        return
     command = [sys.executable, str(Path(__file__).with_name("fork_server.py"))]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": env}
     with subprocess.Popen(command, **pipes) as server:
@@ -159,15 +162,34 @@ def start(environment, tmp_path_factory):
             print(json.dumps(request), file=server.stdin, flush=True)
             return int(server.stdout.readline())
 
-        def launch(directory: Path, script: str, *arguments: str, **more: str) -> Forked:
+        threads = int(server.stdout.readline())
+        yield ask if threads == 1 else None
+
+
+@pytest.fixture(scope="session")
+def start(environment, tmp_path_factory):
+    """start(directory, script, *arguments, **environment): a `Started` process, in milliseconds where it can fork.
+
+    For scripts that import the program. Where the start of Python itself is tested, take `subprocess`.
+    """
+    env = environment | {"OMP_NUM_THREADS": "1"}
+    output = tmp_path_factory.mktemp("output")
+    with fork_server(env) as ask:
+
+        def launch(directory: Path, script: str, *arguments: str, **more: str) -> Started:
             number = len(list(output.iterdir()))
             files = [output / f"{number}-{kind}" for kind in ("stdout", "stderr")]
             for file in files:
                 file.touch()
+            if ask is None:
+                command = [sys.executable, "-c", script, *arguments]
+                with open(files[0], "w") as stdout, open(files[1], "w") as stderr:
+                    process = subprocess.Popen(command, cwd=directory, env=env | more, stdout=stdout, stderr=stderr)
+                return Started(process.pid, partial(process.wait, timeout=300), files)
             stdout, stderr = map(str, files)
             request = {"script": script, "arguments": arguments, "directory": str(directory.resolve())}
             pid = ask(**request, environment=env | more, stdout=stdout, stderr=stderr, timeout=300)
-            return Forked(pid, ask, files)
+            return Started(pid, partial(ask, wait=pid), files)
 
         yield launch
 
