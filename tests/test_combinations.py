@@ -259,7 +259,12 @@ def test_what_a_block_keeps_for_its_backward_pass(recipe, wanted):
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with torch.autocast("cpu", torch.bfloat16):
-                block(torch.randn(images, 64, 384, requires_grad=True))
+                try:
+                    block(torch.randn(images, 64, 384, requires_grad=True))
+                except RuntimeError as error:
+                    if "pack_vnni2" not in str(error):
+                        raise
+                    pytest.skip("PyTorch's bf16 attention needs AVX-512 here, which ATEN_CPU_CAPABILITY switches off")
         return sum(storage.nbytes() for storage in storages.values())
 
     assert (kept(4) - kept(2)) / (2 * 64 * 384) == pytest.approx(wanted, abs=0.2)

@@ -761,6 +761,7 @@ class TestMistakes:
         assert error.endswith("lower --lr, lengthen --warmup-epochs, or look at the data")
 
 
+@pytest.mark.compiles
 def test_a_compiled_run_is_a_run_like_any_other(monkeypatch, capsys):
     """The graph without the code generator, which takes minutes: same keys, same numbers, resumable uncompiled."""
     compile_module, build = torch.nn.Module.compile, setup.build_model

@@ -10,6 +10,8 @@ from torch._functorch import compile_utils
 import timm
 from quantization import Quantizer, QuantLinear, Recipe, matmul, set_matmul, take_lost_groups
 
+pytestmark = pytest.mark.compiles
+
 
 class Mlp(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
