@@ -50,8 +50,8 @@ class QEma:
         count_steps([layer.ema_updates for layer in self.layers], skip)
 
 
-def lerp_unless(skip: Tensor | None, averages: list[Tensor], targets: list[Tensor], share: float) -> None:
-    """averages += share (targets - averages), in place; nothing changes if `skip`, an fp32 scalar of 0 or 1, is 1.
+def lerp_unless(skip: Tensor | None, averages: list[Tensor], targets: list[Tensor], weight: float) -> None:
+    """averages += weight (targets - averages), in place; nothing changes if `skip`, an fp32 scalar of 0 or 1, is 1.
 
     `skip` may be on the device; the host does not read it. Every operation rounds once, so the bits are the same on
     every processor; those of `torch.lerp` are not, because some processors fuse its multiplication with its addition.
@@ -59,11 +59,11 @@ def lerp_unless(skip: Tensor | None, averages: list[Tensor], targets: list[Tenso
     alike = [t.shape for t in averages] == [t.shape for t in targets]
     tensors = [*averages, *targets] if skip is None else [skip, *averages, *targets]
     if alike and lerp_kernel is not None and multi_tensor.fits(tensors):
-        lerp_kernel.step(averages, targets, share, skip)
+        lerp_kernel.step(averages, targets, weight, skip)
         return
     for average, target in zip(averages, targets):
-        if share < 0.5:
-            new = average + (target - average) * share
-        else:  # with a share of 1, the average becomes exactly the target
-            new = target + (average - target) * (1 - share)
+        if weight < 0.5:
+            new = average + (target - average) * weight
+        else:  # with a weight of 1, the average becomes exactly the target
+            new = target + (average - target) * (1 - weight)
         average.copy_(new if skip is None else torch.where(skip > 0, average, new))
