@@ -40,6 +40,15 @@ def test_group_bits_are_uniform_and_depend_on_every_bit_of_the_key(device):
         assert (group_bits(key ^ mask, 256, 8) == bits).double().mean() < 1e-3
 
 
+def test_group_bits_are_the_words_of_their_counters(device):
+    """Group i has counters 4 i to 4 i + 3 in the lowest word; the four words of each give eight halves, low first."""
+    key = 0x0123456789ABCDEF
+    bits = group_bits(torch.tensor([key], device=device), rows=3, groups=5).view(-1, 8).tolist()
+    for counter, halves in enumerate(bits):
+        words = philox((counter, 0, 0, 0), (key & 0xFFFFFFFF, key >> 32))
+        assert halves == [half for word in words for half in (word & 0xFFFF, word >> 16)]
+
+
 def test_bits_of_an_element_do_not_depend_on_the_number_of_rows(device):
     key = torch.tensor([7], device=device)
     assert torch.equal(group_bits(key, 3, 5), group_bits(key, 9, 5)[:3])

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import engine
+import timm
+from datasets import DataConfig, build_loaders
 from main import main
-from quantization import linear, quantize_mx
+from quantization import Recipe, linear, quantize_mx
 from runtime import processes
 from runtime.errors import UserError
 from runtime.rank_check import checksum
@@ -275,6 +277,50 @@ def test_a_sharded_evaluation(two, monkeypatch, capsys):
     unsharded = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert unsharded["test_acc1"] * 36 / 100 == pytest.approx(shown["test_acc1"] * 35 / 100, abs=1.001)
     assert 0 < unsharded["test_loss"] * 36 - shown["test_loss"] * 35 < 20  # the loss of one image
+
+
+def test_an_evaluation_counts_the_images_of_all_processes(two, evaluated):
+    """The last log line of two processes that evaluate 18 and 17 images, from the saved weights in one process."""
+    directory, _ = two
+    model = timm.create_model("deit_micro_patch4_32", img_size=8, num_classes=10, quant=Recipe())
+    model.load_state_dict(load(directory / "plain")["model"])
+    plain = {"repeats": 1, "aa": "none", "color_jitter": 0.0, "reprob": 0.0, "num_workers": 0, "seed": 0}
+    ((images, labels),) = build_loaders(DataConfig("DIGITS", None, False, 8, batch_size=50, **plain)).val
+    wanted = {f"test_{name}": value for name, value in evaluated(model, images[1:], labels[1:]).items()}
+    assert len(images) - 1 == 35
+    found = log(directory / "plain")[-1]
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-4)
+
+
+COLLECTIVES = """
+import torch
+from runtime import processes
+
+device = processes.start("cpu")
+rank = processes.rank()
+mine = torch.tensor([float(rank), 5.0])
+copied = torch.full((2,), rank + 1.0)
+processes.copy_from_main([copied], device)
+averaged = [torch.tensor([rank * 4.0]), torch.tensor([[1.0 - rank]])]
+processes.average(averaged)
+print([
+    processes.from_main(f"rank {rank}"),
+    copied.tolist(),
+    processes.all_reduce_sum(mine.clone()).tolist(),
+    [value.item() for value in averaged],
+    processes.any_of(torch.tensor(float(rank == 1))).item(),
+    processes.gather(rank * 10),
+    processes.all_gather(mine).tolist(),
+])
+processes.stop()
+"""
+
+
+def test_every_collective_gives_both_processes_its_result(tmp_path, ranks):
+    result = ranks(tmp_path, COLLECTIVES)
+    assert result.returncode == 0, result.stderr
+    wanted = ["rank 0", [1.0, 1.0], [1.0, 10.0], [2.0, 0.5], 1.0, [0, 10], [[0.0, 5.0], [1.0, 5.0]]]
+    assert result.stdout == f"{wanted}\n" * 2
 
 
 @pytest.fixture
