@@ -1,7 +1,7 @@
 """`quantize_mx` quantizes any floating-point tensor along any axis to packed MX codes and scales, and back.
 
-`backend_for` chooses the implementation: Triton kernels (CUDA), the PyTorch reference (elsewhere), operators
-(compiled).
+`backend_for` chooses the implementation: Triton kernels on CUDA, the PyTorch reference elsewhere, and operators in a
+compiled graph.
 """
 
 from __future__ import annotations

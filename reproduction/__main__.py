@@ -53,7 +53,10 @@ def choose(kind: str, name: str, choices: list[str]) -> None:
 
 
 def find_data(protocol: Protocol, name: str, given: Path | None) -> Path | None:
-    """Where the protocol's data is: `given`, or the environment's DATA_PATH. Raises UserError for a path in vain."""
+    """The directory of the protocol's data: `given`, or the environment's DATA_PATH.
+
+    Raises UserError if the protocol needs none and one is given.
+    """
     from datasets import DATA_SETS  # takes seconds, like the imports in `reproduce`
 
     if not DATA_SETS[protocol.data_set].needs_path:

@@ -151,7 +151,7 @@ class Existing:
     runs: dict[tuple[tuple[str, ...], int], list[tuple[dict, Path]]]
 
     def directories(self, run: Run) -> dict[int, Path]:
-        """Where each seed of the configuration is finished; one that was tracked is preferred."""
+        """The directory of a finished run for each seed of the configuration; a tracked one is preferred."""
         found = {}
         for (configuration, seed), places in self.runs.items():
             if configuration == run.configuration:

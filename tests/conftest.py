@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def _inexact_sqrt(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """Of a process that imports the repository's modules, whatever its directory."""
+    """The environment of a process that imports the repository's modules, whatever its directory."""
     paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
@@ -134,6 +135,27 @@ def interrupted_in_epoch():
     return interrupted
 
 
+@pytest.fixture(scope="session")
+def interrupted_at_step():
+    """`with interrupted_at_step(n):` the process gets ctrl-C when it begins its n-th training step, counted from 1."""
+    from engine import TrainStep
+
+    @contextmanager
+    def interrupted(number: int) -> Iterator[None]:
+        step, calls = TrainStep.__call__, count(1)
+
+        def interrupt(self: TrainStep, batch):
+            if next(calls) == number:
+                raise KeyboardInterrupt
+            return step(self, batch)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TrainStep, "__call__", interrupt)
+            yield
+
+    return interrupted
+
+
 class Started:
     """A Python script in a process of its own."""
 
@@ -146,12 +168,21 @@ class Started:
         return subprocess.CompletedProcess([], code, *(path.read_text() for path in self._output))
 
 
+def wait_or_kill(process: subprocess.Popen) -> int:
+    """The exit code. A process that hangs is killed after five minutes."""
+    try:
+        return process.wait(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
 @contextmanager
 def fork_server(env: dict[str, str]) -> Iterator[Callable[..., int] | None]:
-    """Yields ask(**request), which returns the server's answer, or None where a process like that must not fork.
+    """Yields ask(**request), which returns the server's answer, or None where such a process must not fork.
 
-    CUDA does not work in a forked process, and threads, which some releases of PyTorch start when they are imported on
-    machines with many cores, are missing there.
+    It must not where there is a GPU, and where importing the program starts threads, which a forked process would lack
+    (seen with PyTorch 2.11 on a machine with a GPU).
     """
     if torch.cuda.is_available():
         yield None
@@ -187,7 +218,7 @@ def start(environment, tmp_path_factory):
                 command = [sys.executable, "-c", script, *arguments]
                 with open(files[0], "w") as stdout, open(files[1], "w") as stderr:
                     process = subprocess.Popen(command, cwd=directory, env=env | more, stdout=stdout, stderr=stderr)
-                return Started(process.pid, partial(process.wait, timeout=300), files)
+                return Started(process.pid, partial(wait_or_kill, process), files)
             stdout, stderr = map(str, files)
             request = {"script": script, "arguments": arguments, "directory": str(directory.resolve())}
             pid = ask(**request, environment=env | more, stdout=stdout, stderr=stderr, timeout=300)

@@ -75,7 +75,7 @@ def same_state(a: nn.Module, b: nn.Module) -> None:
 
 
 def in_plain_lines(model: nn.Module, method: str, micro_batches: int, clip_grad: float) -> list[float]:
-    """What training is to do, without the engine: one micro-batch after the other, then one update of everything."""
+    """Training in plain lines, without the engine: one micro-batch after the other, then one update of everything."""
     optimizer, losses = optimizer_of(method, model), []
     for images, labels in batches(*SIZES):
         optimizer.zero_grad()

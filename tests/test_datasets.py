@@ -197,7 +197,7 @@ def test_fashion_is_padded_to_32_pixels(fashion):
 
 
 def test_held_out_images_are_not_augmented(fashion):
-    """Where training images are shifted and mirrored, as a batch or, smaller, one by one."""
+    """Training shifts and mirrors these images: as a batch at 32 pixels, one by one at 16; evaluation does neither."""
     config = replace(DIGITS, name="FASHION", path=str(fashion), input_size=32, batch_size=20)
     stored = read_idx(fashion / "t10k-images-idx3-ubyte.gz")
     padded = np.zeros((20, 32, 32), np.uint8)
@@ -325,7 +325,7 @@ def test_fractals_are_a_data_set_of_their_own(monkeypatch):
 
 @dataclass(frozen=True)
 class Stripes(InMemory):
-    """What someone writes who adds a data set: images of one colour per class, with a white left half."""
+    """A data set as a user would add it: images of one colour per class, with a white left half."""
 
     name: str = "STRIPES"
     description: str = "stripes of three colours"

@@ -1,4 +1,4 @@
-"""What the documents say exists does."""
+"""The files and tests that the documents name exist."""
 
 from __future__ import annotations
 

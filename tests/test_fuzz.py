@@ -177,7 +177,7 @@ def damaged(content: bytes, generator: random.Random) -> bytes:
 
 @pytest.mark.parametrize("option", ["--resume", "--finetune"])
 def test_damaged_checkpoints(option, checkpoint_bytes, capsys, monkeypatch):
-    """What damage leaves readable may be evaluated, everything else is refused."""
+    """A damaged file that is still readable may be evaluated; every other one is refused."""
     monkeypatch.setattr(setup, "evaluate", lambda *arguments: {"acc1": 0.0})
     generator, codes = random.Random(3), []
     for _ in range(60):

@@ -388,6 +388,7 @@ def build_training(setup: Setup, identity: dict, directory: Path, from_start: bo
 
 
 def refuse_batch_norms(options: Options, model: nn.Module) -> None:
+    """Raise UserError if several processes would train a model with batch norms."""
     if processes.world_size() > 1 and running_statistics(model):
         raise UserError(
             f"--model {options.model.model} has batch norms, whose statistics would differ between processes; "

@@ -24,7 +24,7 @@ def group_scales(weight_CD: Tensor, quantizer: Quantizer) -> Tensor:
 
 
 def latent_weight(weight_CD: Tensor, quantizer: Quantizer) -> Tensor:
-    """w/S, fp32 [C, D]: in [-Qp, Qp] with truncation-free scaling, below 2^(Emax + 1) with floor scaling."""
+    """w/S, fp32 [C, D]. |w/S| is at most Qp with truncation-free scaling, below 2^(Emax + 1) with floor scaling."""
     return weight_CD.detach().float() / group_scales(weight_CD, quantizer)
 
 

@@ -28,8 +28,9 @@ class Reduction(str, Enum):
 
 
 class Dampen(StepCount):
-    """Adds the gradient of the dampening loss, 2 lambda (W - Q2(W)), to the weights' gradients; with
-    `kernel_mean` it is divided by the number of input channels.
+    """Adds the gradient of the dampening loss, 2 lambda (W - Q2(W)), to the weights' gradients.
+
+    With `kernel_mean` the gradient is divided by the number of input channels.
 
     It adds this gradient after the backward pass, instead of adding the loss before it. The update is the same, needs
     no second graph, and is equal on all processes. The loss that a run reports is the loss of the task alone. lambda
@@ -37,8 +38,8 @@ class Dampen(StepCount):
     Nagel et al. clip W to the range of the grid first. Truncation-free scaling leaves nothing to clip; with floor
     scaling, weights beyond the grid are pulled into it.
 
-    Raises ValueError for a negative weight, fewer than one step, an unknown reduction, and a model without
-    weights that Q2 quantizes without Q-EMA.
+    Raises ValueError for a negative weight, fewer than one step, an unknown reduction, and a model without weights
+    that Q2 quantizes without Q-EMA.
     """
 
     def __init__(

@@ -808,7 +808,7 @@ def _quantize_columns(
 
 
 def _num_bytes(length: int) -> int:
-    """Of the codes of a row. An argument of its own: a kernel that can tell its divisors stores many bytes at once."""
+    """Bytes of a row's codes. Kernels take it as an argument: they store many at once if they know its divisors."""
     return triton.cdiv(length, 2)
 
 

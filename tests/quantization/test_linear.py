@@ -491,7 +491,7 @@ class TestModule:
 class TestWeightsQuantizedOnce:
     @pytest.fixture
     def calls(self, monkeypatch):
-        """How often a weight of 45 rows was quantized."""
+        """The number of times that a weight of 45 rows was quantized."""
         seen = []
         original = reference.quantize
 

@@ -1,4 +1,4 @@
-"""What a compiled graph calls: the numbers of the backend, and shapes that the compiler is told truly."""
+"""The operators of a compiled graph give the backend's numbers and tell the compiler the right shapes."""
 
 from __future__ import annotations
 

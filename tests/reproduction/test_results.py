@@ -1,4 +1,4 @@
-"""What stands in docs/results for a protocol follows from the runs that are kept there."""
+"""The reports in docs/results follow from the runs that are kept there."""
 
 from __future__ import annotations
 

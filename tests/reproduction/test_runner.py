@@ -201,7 +201,7 @@ def test_jobs_share_the_gpus(gpus, jobs, many, expected):
     ],
 )
 def test_jobs_and_gpus_of_this_machine(visible, count, jobs, many, gpus, wanted, monkeypatch):
-    """As many GPUs as PyTorch finds, by the names that the environment gives them; eight cores run four jobs."""
+    """A machine has as many GPUs as PyTorch finds, named as in the environment; eight cores run four jobs."""
     monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(runner, "environment", dict)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)

@@ -145,7 +145,7 @@ def test_numbers_of_the_paper():
 
 
 def test_labels_of_ablations_are_their_recipes():
-    """What a row leaves out, or takes another element for, is what its label says."""
+    """The label of a row names the quantizers that the row leaves out, or the element that it gives them."""
 
     def recipe_of(table: str, label: str):
         target = TARGETS[table]
@@ -188,7 +188,7 @@ def test_labels_of_ablations_are_their_recipes():
     ],
 )
 def test_the_papers_hyperparameters(model, name, global_batch, lr, beta, k2):
-    """Of its appendix: batch and learning rate, and what it tunes Q-EMA and Q-Ramping to."""
+    """The settings of the paper's appendix: batch, learning rate, and the tuning of Q-EMA and Q-Ramping."""
     protocol, table = PROTOCOLS["imagenet"], TARGETS["table2"]
     setup = protocol.setups[model]
     assert (setup.model, setup.global_batch, setup.lr, protocol.epochs) == (name, global_batch, lr, 90)
@@ -203,7 +203,7 @@ def test_the_papers_hyperparameters(model, name, global_batch, lr, beta, k2):
 
 
 def test_runs_are_shared():
-    """What tables have in common is trained once, tracked where one of them needs it tracked."""
+    """A run that several tables share is trained once, and tracked if one of them needs it tracked."""
     smoke = PROTOCOLS["smoke"]
     runs = plan(list(TARGETS.values()), smoke, seeds=2)
     assert len(runs) == len(set(runs)) == len({run.name for run in runs})

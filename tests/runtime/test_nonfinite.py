@@ -407,20 +407,14 @@ def test_skipped_steps_are_counted_by_the_epoch(poisoned):
     assert [json.loads(line)["skipped_steps"] for line in Path("out/log.txt").open()] == [2, 0, 0]
 
 
-def test_skipped_steps_are_those_of_the_whole_epoch_also_in_a_run_that_goes_on(poisoned, monkeypatch, digits_cut_to):
+def test_skipped_steps_are_those_of_the_whole_epoch_also_in_a_run_that_goes_on(
+    poisoned, interrupted_at_step, digits_cut_to
+):
     """Two are skipped before it is interrupted, one after that, before ten more end it, and one after that."""
     command = [*RUN, "--quant", "none", "--batch-size", "2", "--save-steps", "1", "--resume", "auto"]
-    step, calls = TrainStep.__call__, iter(range(1, 100))
-
-    def interrupted(self, batch):
-        if next(calls) == 6:
-            raise KeyboardInterrupt
-        return step(self, batch)
-
     with digits_cut_to(88, 88):  # 44 steps
         poisoned({1, 2})
-        with monkeypatch.context() as patch:
-            patch.setattr(TrainStep, "__call__", interrupted)
+        with interrupted_at_step(6):
             assert main(command) == 130
         poisoned({0, *range(10, 100)})
         assert main(command) == 1

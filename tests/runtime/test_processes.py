@@ -160,12 +160,12 @@ def launch(launcher, directory: Path, runs: list[tuple[list[str], dict]], proces
 
 
 def codes(directory: Path, processes: int = 2) -> list[list[int]]:
-    """Of the runs, by rank."""
+    """The exit codes of the runs, by rank."""
     return [[int(code) for code in (directory / f"codes-{rank}").read_text().split()] for rank in range(processes)]
 
 
 def hashes(directory: Path, processes: int = 2) -> list[list[str]]:
-    """Of a run's checkpoints, by rank."""
+    """The hashes of a run's checkpoints, by rank."""
     return [(directory / f"hashes-{rank}").read_text().split() for rank in range(processes)]
 
 

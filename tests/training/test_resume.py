@@ -41,7 +41,7 @@ TRIALS, AT_ONCE = 20, 10  # of them; starting a process takes longest
 
 
 class Killed(BaseException):
-    """What nothing catches."""
+    """An exception that nothing catches."""
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -167,7 +167,7 @@ def test_killed_four_times_at_random(save_steps, workers, command, whole):
 
 
 def test_killed_between_any_two_renames(command, whole, monkeypatch):
-    """Of log.txt, of the best checkpoint, of the last one and the one before it."""
+    """The numbers of log.txt, of the best checkpoint, of the last one and of the one before it."""
     replace = os.replace
     for survived in (0, 1, 2, 3, 4):
         calls = iter(range(100))

@@ -1,4 +1,4 @@
-"""What TensorBoard is given: read back from its file, record by record."""
+"""TensorBoard's file is read back, record by record."""
 
 from __future__ import annotations
 

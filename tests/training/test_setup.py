@@ -1,4 +1,4 @@
-"""What a run and its checkpoint must have in common, and what an older checkpoint leaves out."""
+"""The settings that a run shares with its checkpoint, and those that an older checkpoint lacks."""
 
 from __future__ import annotations
 

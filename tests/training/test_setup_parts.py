@@ -1,4 +1,4 @@
-"""What main.py hands to the parts of a run: schedules, optimizer, Mixup, remedies, detections and sums."""
+"""The parts of a run that main.py builds: schedules, optimizer, Mixup, remedies, detections and sums."""
 
 from __future__ import annotations
 
@@ -133,19 +133,13 @@ class TestParts:
         assert "q_ema_beta=0.5" in identity["recipe"] and identity["optimizer"] == "RampingAdamW"
         assert (identity["model"], identity["input size"]) == ("deit_micro_patch4_32", 8)
 
-    def test_ranks_are_compared_at_every_nth_step_of_the_run_also_after_it_went_on(self, built, monkeypatch):
+    def test_ranks_are_compared_at_every_nth_step_of_the_run_also_after_it_went_on(
+        self, built, interrupted_at_step, monkeypatch
+    ):
         """Interrupted before the seventh step, the third of its second epoch, with a checkpoint of the sixth."""
         monkeypatch.setenv("WORLD_SIZE", "2")  # --check-ranks asks for it; one process is enough to count steps
         options = [*TINY, "--epochs", "2", "--batch-size", "16", "--save-steps", "3", "--check-ranks", "5"]
-        step, calls = TrainStep.__call__, iter(range(1, 100))
-
-        def interrupted(self, batch):
-            if next(calls) == 7:
-                raise KeyboardInterrupt
-            return step(self, batch)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(TrainStep, "__call__", interrupted)
+        with interrupted_at_step(7):
             assert main([*options, "--output-dir", "parts"]) == 130
         check = built(*options, "--resume", "parts/checkpoint.pth").check
         assert (check.step, check.every) == (6, 5)

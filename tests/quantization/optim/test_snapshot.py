@@ -1,4 +1,4 @@
-"""What happens to a model and its optimizer within `rewound` has not happened afterwards."""
+"""`rewound` undoes every change of a model and its optimizer that was made inside its block."""
 
 from __future__ import annotations
 

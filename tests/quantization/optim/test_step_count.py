@@ -1,4 +1,4 @@
-"""What acts after steps that may have been skipped: as if those had not been, and without making the host wait."""
+"""Remedies and counters act as if skipped steps had not been, and the host does not wait for them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make(device: torch.device, recipe: Recipe | None = None) -> nn.Module:
 
 @torch.no_grad()
 def move(model: nn.Module, number: int, device: torch.device) -> None:
-    """As an optimizer with noise would."""
+    """Change the weights as an optimizer with noise would."""
     generator = torch.Generator(device).manual_seed(number)
     for p in model.parameters():
         p += 2e-3 * torch.randn(p.shape, generator=generator, device=device)
