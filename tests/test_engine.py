@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from data.image_files import LEFT_OUT
-from engine import TrainStep, autocast, evaluate, train_one_epoch
+from engine import EpochSums, TrainStep, autocast, evaluate, train_one_epoch
 from quantization import RampingAdamW
 from training.losses import OutputLoss
 
@@ -160,3 +161,29 @@ def test_an_epoch_reports_the_means_over_its_images(batch_size, device):
     numbers = train_one_epoch(step, loader, 0, 1, lambda: None)
     assert numbers["train_loss"] == pytest.approx(15 / 5 * math.log(2), rel=1e-5)
     assert (numbers["train_acc1"], numbers["lr"], numbers["skipped_steps"]) == (pytest.approx(40.0), 0.0, 0)
+
+
+class TestEpochSums:
+    @staticmethod
+    def step() -> TrainStep:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 3)
+        return TrainStep(
+            model, OutputLoss(nn.CrossEntropyLoss()), torch.optim.SGD(model.parameters(), lr=0.0), torch.device("cpu")
+        )
+
+    def test_means_are_over_images_where_batches_differ_in_size(self):
+        step = self.step()
+        images, labels = torch.randn(9, 6), torch.arange(9) % 3
+        numbers = train_one_epoch(step, list(zip(images.split(7), labels.split(7))), 0, 1, lambda: None)
+        logits = step.model(images).detach().double()
+        assert numbers["train_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+        right = sum(int(row.argmax()) == label for row, label in zip(logits, labels.tolist()))
+        assert numbers["train_acc1"] == pytest.approx(100 * right / 9) and 0 < right < 9
+
+    def test_images_per_second_are_over_the_whole_epoch_also_in_a_run_that_goes_on(self):
+        """16 images in 50 seconds before it went on, 16 in a moment after that."""
+        loader = [(torch.randn(8, 6), torch.arange(8) % 3)] * 2
+        sums = EpochSums(steps=2, images=16, seconds=50.0)
+        speed = train_one_epoch(self.step(), loader, 0, 1, lambda: None, sums)["img_per_s"]
+        assert 32 / 60 < speed <= 32 / 50

@@ -13,10 +13,11 @@ from torch import nn
 
 import timm
 from data.in_memory import Digits
-from datasets import DataConfig, build_loaders
+from datasets import DataConfig, build_loaders, set_epoch
 from main import main
-from quantization import Recipe
+from quantization import Recipe, quant_linears
 from training import loop, setup
+from training.loop import Training
 
 TRAINING = 12
 HELD_OUT = [0] + 3 * [1] + 2 * [2] + 4 * [3]
@@ -103,6 +104,37 @@ class TestModes:
         first = STEPS + 2 * EVALUATION
         assert len(run.passes) == 2 * first + DETECTION
         assert run.passes[first : first + DETECTION + STEPS] == [("model", {True})] * (DETECTION + STEPS)
+
+
+class TestDetection:
+    @pytest.fixture
+    def training(self, built) -> Training:
+        options = ["--q-ramping", "--q-ramping-steps", "2", "--q-ramping-k2", "1", "--warmup-epochs", "0"]
+        return built(*RUN, "--quant", "mxfp4", *options, "--batch-size", "4")
+
+    def test_each_has_an_order_of_its_own(self, training):
+        seen: list[torch.Tensor] = []
+        handle = training.progress.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
+        for epoch in (1, 2):
+            training.ramping.before_epoch(epoch)
+        handle.remove()
+        for epoch in (1, 2):
+            set_epoch(training.loaders.train, training.data, epoch)
+            seen += [images for (images, _), _ in zip(training.loaders.train, range(2))]
+        assert len(seen) == 8
+        for i in range(8):
+            assert not any(torch.equal(seen[i], seen[j]) for j in range(i))
+
+    def test_its_numbers_are_those_of_the_periods(self, training):
+        """With k1 = 16 and k2 = 1 a weight's period exceeds 1 where it oscillates. Both numbers are over all weights,
+        the share is in percent."""
+        numbers = training.ramping.before_epoch(1)
+        state = training.step.optimizer.state
+        weights = [layer.weight for layer in quant_linears(training.progress.model).values()]
+        periods = torch.cat([state[weight]["period"].double().flatten() for weight in weights])
+        assert len(weights) == 8 and (periods > 1).any()
+        assert numbers["oscillating"] == pytest.approx(100 * (periods > 1).double().mean().item())
+        assert numbers["mean_period"] == pytest.approx(periods.mean().item())
 
 
 def test_model_and_average_are_evaluated_each_by_its_own_weights(recorded, evaluated):

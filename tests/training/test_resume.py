@@ -24,7 +24,6 @@ from torchvision.datasets import ImageFolder
 import engine
 from data.fingerprint import fingerprint_arrays, fingerprint_files
 from main import main
-from runtime.interrupts import Interrupts
 from tracking import tracker
 from training import checkpoint
 
@@ -301,33 +300,6 @@ class TestSignals:
         saved = torch.load("stopped/checkpoint.pth", weights_only=True)
         assert (saved["epoch"], [sums["steps"] for sums in saved["sums"]]) == (0, [10, 10])
         assert_same_run(Path("whole"))
-
-    def test_the_callers_handler_is_put_back(self):
-        def mine(number: int, frame: object) -> None:
-            raise AssertionError("this run's signals are not the caller's")
-
-        before = signal.signal(signal.SIGUSR1, mine)
-        try:
-            with Interrupts(torch.device("cpu")) as interrupts:
-                signal.raise_signal(signal.SIGUSR1)
-            assert interrupts.received is signal.SIGUSR1 and signal.getsignal(signal.SIGUSR1) is mine
-        finally:
-            signal.signal(signal.SIGUSR1, before)
-
-    def test_a_second_signal_ends_at_once(self, start):
-        script = (
-            "import signal, time, torch\n"
-            "from runtime.interrupts import SAME_SIGNAL, Interrupts\n"
-            "with Interrupts(torch.device('cpu')) as interrupts:\n"
-            "    signal.raise_signal(signal.SIGTERM)\n"
-            "    signal.raise_signal(signal.SIGTERM)  # as torchrun does with a signal that all have got\n"
-            "    print(interrupts.agreed(), interrupts.received.name, flush=True)\n"
-            "    time.sleep(SAME_SIGNAL + 0.1)\n"
-            "    signal.raise_signal(signal.SIGUSR1)\n"
-            "    print('still here')\n"
-        )
-        result = start(Path(), script).result()
-        assert result.returncode == -signal.SIGUSR1 and result.stdout == "True SIGTERM\n"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""TensorBoard's file is read back, record by record."""
+"""What a run writes: TensorBoard's file, read back record by record, and the table on the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from tracking.oscillation_csv import Measure, Row
-from training.run_log import RunLog
+from training.run_log import TABLE_HEAD, RunLog, table_row
 
 
 def events(directory: Path) -> list[Event]:
@@ -50,3 +50,15 @@ def test_a_histogram_has_its_bins_upper_edges(tmp_path):
     middles = [-0.375, -0.125, 0.125, 0.375]
     assert histogram.sum == pytest.approx(sum(s * x for s, x in zip(shares, middles)))
     assert histogram.sum_squares == pytest.approx(sum(s * x * x for s, x in zip(shares, middles)))
+
+
+def test_the_table_has_each_number_in_its_place():
+    row = {"epoch": 4, "train_loss": 1.25, "test_loss": 0.5, "test_acc1": 61.5, "test_acc5": 93.25, "img_per_s": 1234.4}
+    row |= {"lr": 2.5e-4, "lost_groups": 0, "bad_images": 3, "skipped_steps": 2, "ema_acc1": 60.5, "ema_acc5": 92.0}
+    row |= {"oscillating": 1.5, "mean_period": 2.25}
+    words = table_row(row, 12).split()
+    assert words[:7] == ["5/12", "1.2500", "0.5000", "61.50", "93.25", "1234", "2.5e-04"]
+    told = "average: 60.50 % 1.50 % oscillate, mean period 2.25 3 images were not readable "
+    assert " ".join(words[7:]) == told + "2 steps were not finite and skipped"
+    head = TABLE_HEAD.replace(" loss", "-loss").replace(" %", "-%").split()
+    assert head == ["epoch", "train-loss", "test-loss", "top-1-%", "top-5-%", "img/s", "lr"]
