@@ -10,13 +10,17 @@ it, and the same holds for the folders:
     mx, matmul, shards      `quantize_mx`; the matmul of two operands; sharded weights
     baselines/              the INT4 layer
     linear                  the MX layer
+    families/               the block linears of known models; modules that compute around their linears
     swap, weight_cache      functions on whole models: swap layers in, find them, quantize weights once
+    coverage, create        which linears a forward pass really quantizes; quantized models of timm
     measures/               latent weights; path lengths and oscillation ratios
     optim/                  counts of steps; Q-Ramping
     remedies/               Q-EMA, dampening, freezing, OsciReset
 """
 
 from .baselines.int4 import Int4Linear, initialise_steps
+from .coverage import Coverage, Status, coverage
+from .create import create_model
 from .formats import Element, Rounding, Scaling
 from .linear import QuantLinear
 from .matmul import Matmul, has_fp8, take_lost_groups
@@ -35,6 +39,7 @@ from .weight_cache import weights_quantized_once
 __all__ = [
     "BACKWARD",
     "BLOCK_LINEARS",
+    "Coverage",
     "FORWARD",
     "OSCILLATION_THRESHOLD",
     "QUANTIZERS",
@@ -57,8 +62,11 @@ __all__ = [
     "Reduction",
     "Rounding",
     "Scaling",
+    "Status",
     "TensorPath",
     "confidence",
+    "coverage",
+    "create_model",
     "detect_oscillation",
     "has_fp8",
     "histogram",

@@ -167,6 +167,11 @@ def layer_class(recipe: Recipe | Int4Recipe) -> type:
     raise TypeError(f"a recipe must be of the class {known}, got {recipe!r}; RECIPES holds the named ones")
 
 
+def is_quantized_layer(module: object) -> bool:
+    """Tell if `module` is a layer that `swap_linears` puts into a model, of any class of recipes."""
+    return isinstance(module, tuple(_LAYERS.values()))
+
+
 _TETRAJET = Recipe()
 
 RECIPES: dict[str, Recipe | Int4Recipe] = {

@@ -2,49 +2,134 @@
 
 from __future__ import annotations
 
+import difflib
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
 
+from .families.base import BLOCK_LINEARS, Reader, family_of, reader_of
 from .linear import QuantLinear
 from .matmul import Matmul
-from .recipe import Int4Recipe, Recipe, layer_class
+from .recipe import Int4Recipe, Recipe, is_quantized_layer, layer_class
 
-BLOCK_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-"""The linears of a transformer block, which are the layers that the paper quantizes.
+__all__ = [
+    "BLOCK_LINEARS",
+    "plain_rounding",
+    "plain_weight_linears",
+    "quant_linears",
+    "set_matmul",
+    "swap_linears",
+]
 
-Swin Transformers and `--track-oscillation` use this list, too. To quantize other layers of one model class, set its
-`quant_names` in `timm/models/`.
-"""
 
+def swap_linears(model: nn.Module, recipe: Recipe | Int4Recipe, names: Sequence[str] | str | None = None) -> nn.Module:
+    """Replace linears of `model`, in place, by quantized ones that share their parameters and hooks. Returns `model`.
 
-def swap_linears(model: nn.Module, recipe: Recipe | Int4Recipe, names: Sequence[str] = BLOCK_LINEARS) -> nn.Module:
-    """Replace, in place, every `nn.Linear` whose qualified name ends in one of `names`; parameters are shared.
+    `names` are endings of qualified names, each of which must match. Without `names`, the linears of the transformer
+    blocks are replaced: those of the model's `quant_names`, if its class has them, else of its family in `families/`. A
+    module that would read a replaced linear's weight instead of calling it is made to call it; `coverage` tells which
+    layers are really used.
 
     The replacement is the layer of `recipe`'s class: a `QuantLinear`, or an `Int4Linear` for an `Int4Recipe`. A recipe
-    that quantizes nothing leaves the model as it is. Returns `model`.
+    that quantizes nothing leaves the model as it is.
 
-    Raises TypeError for something else than a recipe, and ValueError if no layer matches.
+    Raises TypeError for something else than a recipe. Raises ValueError, with the model as it was, if nothing matches
+    or a layer cannot be replaced; it names the layer and the reason.
     """
     new_class = layer_class(recipe)
     if not recipe.quantizes:
         return model
-    names = (names,) if isinstance(names, str) else names
-    endings = tuple("." + name for name in names)
-    found = [
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear) and ("." + name).endswith(endings)
-    ]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no linear layer named {', '.join(names)}; pass other names")
-    replacements = {module: new_class.from_linear(module, recipe) for module in map(model.get_submodule, found)}
+    found = _matching(model, names)
+    readers = _readers_of(model, found)
+    _refuse_what_cannot_be_swapped(model, found, readers)
+    for path, reader in readers.items():
+        reader.mend(model.get_submodule(path))
+    layers = {name: model.get_submodule(name) for name in found}
+    replacements = {layer: _replacement(layer, recipe, new_class) for layer in layers.values()}
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, replacements[layer])
+    return model
+
+
+def _matching(model: nn.Module, names: Sequence[str] | str | None) -> list[str]:
+    """The qualified names of the linears to replace, with those that a reader has yet to make."""
+    present = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            present.append(path)
+        elif (reader := reader_of(module)) is not None:
+            present += [f"{path}.{name}".lstrip(".") for name in reader.makes if not hasattr(module, name)]
+    if names is None:
+        family = family_of(model)
+        endings = getattr(model, "quant_names", None) or family.linears
+        found = [name for name in _ending_in(present, endings) if not set(family.outside) & set(name.split("."))]
+        if not found:
+            raise ValueError(f"{type(model).__name__} has no linear layer named {', '.join(endings)}; pass other names")
+        return found
+    endings = (names,) if isinstance(names, str) else tuple(names)
+    for ending in endings:
+        if not _ending_in(present, (ending,)):
+            near = difflib.get_close_matches(ending, {".".join(n.split(".")[-2:]) for n in present}, n=3, cutoff=0.4)
+            hint = f"; did you mean {', '.join(near)}?" if near else "; pass other names"
+            raise ValueError(f"{type(model).__name__} has no linear layer named {ending}{hint}")
+    return _ending_in(present, endings)
+
+
+def _ending_in(present: list[str], endings: Sequence[str]) -> list[str]:
+    return [name for name in present if ("." + name).endswith(tuple("." + ending for ending in endings))]
+
+
+def _readers_of(model: nn.Module, found: list[str]) -> dict[str, Reader]:
+    """The modules, by path, that have a found linear in them and may read its weight."""
+    above = {"", *(name[:i] for name in found for i, letter in enumerate(name) if letter == ".")}
+    readers = {path: reader_of(module) for path, module in model.named_modules(remove_duplicate=False) if path in above}
+    return {path: reader for path, reader in readers.items() if reader is not None}
+
+
+def _refuse_what_cannot_be_swapped(model: nn.Module, found: list[str], readers: dict[str, Reader]) -> None:
+    for path, reader in readers.items():
+        if (reason := reader.refusal(model.get_submodule(path))) is not None:
+            raise ValueError(f"{path or type(model).__name__} reads the weights of its linears, and {reason}")
     for name in found:
         parent, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(parent)
-        setattr(parent, leaf, replacements[getattr(parent, leaf)])
-    return model
+        layer = getattr(model.get_submodule(parent), leaf, None)  # None if a reader will make it
+        if layer is not None and (reason := _why_not(layer)) is not None:
+            raise ValueError(f"{name} cannot be quantized: {reason}; leave it out of the names")
+
+
+def _why_not(layer: nn.Linear) -> str | None:
+    """The reason why a quantized layer could not do all that `layer` does, or None."""
+    if is_quantized_layer(layer):
+        return f"it is quantized already ({type(layer).__name__})"
+    if parametrize.is_parametrized(layer):
+        return "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
+    if type(layer) not in (nn.Linear, NonDynamicallyQuantizableLinear):  # the second is the first, by another name
+        return f"it is a {type(layer).__name__}, a subclass of nn.Linear, which may compute something else"
+    if "forward" in vars(layer):
+        return "its forward was replaced"
+    if layer._modules or layer._buffers or not layer._parameters.keys() <= {"weight", "bias"}:
+        return "it has more than a weight and a bias"
+    if layer._parameters.get("weight") is None:
+        return "its weight is not a parameter, as under the old weight_norm or spectral_norm"
+    return None
+
+
+def _replacement(layer: nn.Linear, recipe: Recipe | Int4Recipe, new_class: type) -> nn.Module:
+    """The quantized layer, with the attributes and hooks that users gave to `layer`; their handles remove them."""
+    new = new_class.from_linear(layer, recipe)
+    for name, value in vars(layer).items():
+        if "hook" in name or name not in vars(new):
+            vars(new)[name] = value
+    for hooks in (layer._load_state_dict_pre_hooks, layer._state_dict_pre_hooks):
+        for hook in hooks.values():
+            if getattr(hook, "with_module", False):  # it holds a weak reference to its module
+                hook.module = weakref.ref(new)
+    return new
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:

@@ -22,12 +22,14 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
     Optimizer steps, in-place edits, `load_state_dict`, averages that move and parameters that are replaced are
     noticed; an edit through `.data`, which PyTorch does not count, is not noticed until the block ends. Layers whose
     Q2 is stochastic, and compiled ones, quantize in every forward pass; so do sharded ones, because a process must not
-    keep their whole weights.
+    keep their whole weights, and those made under `torch.inference_mode`, whose edits PyTorch does not count.
     """
     layers = [
         layer
         for layer in quant_linears(model).values()
-        if layer.recipe.q2.rounding is not Rounding.STOCHASTIC and not is_sharded(layer.weight)
+        if layer.recipe.q2.rounding is not Rounding.STOCHASTIC
+        and not is_sharded(layer.weight)
+        and not any(tensor.is_inference() for tensor in (*layer.parameters(), *layer.buffers()))
     ]
     before = [layer.weight_cache for layer in layers]
     for layer in layers:

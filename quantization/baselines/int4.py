@@ -38,6 +38,8 @@ from ..recipe import Int4Recipe, layer_for
 from ..reference import Operand
 
 LOWEST, HIGHEST = -8, 7  # INT4
+UNIT_NORMAL_STEP = 2 * (2 / torch.pi) ** 0.5 / HIGHEST**0.5
+"""LSQ's first step size for an input of unit variance."""
 SPLIT_BASE = 14  # lower units in an upper one, so that both halves lie in [-7, 7]
 
 
@@ -181,8 +183,7 @@ class Int4Linear(nn.Linear):
 
     @torch.no_grad()
     def _start_steps(self) -> None:
-        unit_normal = 2 * (2 / torch.pi) ** 0.5 / HIGHEST**0.5
-        self.input_step = nn.Parameter(torch.full((), unit_normal, device=self.weight.device))
+        self.input_step = nn.Parameter(torch.full((), UNIT_NORMAL_STEP, device=self.weight.device))
         self.weight_step = nn.Parameter(first_step_size(self.transformed(self.weight)))
 
     def transformed(self, x: Tensor) -> Tensor:
@@ -208,7 +209,9 @@ class Int4Linear(nn.Linear):
         weight = state_dict.get(prefix + "weight")
         if weight is not None and weight.shape == self.weight.shape and prefix + "weight_step" not in state_dict:
             state_dict[prefix + "weight_step"] = first_step_size(self.transformed(weight))
-            state_dict[prefix + "input_step"] = self.input_step.detach().clone()
+            step = self.input_step.detach()
+            unknown = torch.full((), UNIT_NORMAL_STEP, device=weight.device)
+            state_dict[prefix + "input_step"] = unknown if step.is_meta else step.clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -25,7 +25,8 @@ class QEma:
     """Advances the moving averages of a model's weights: W_ema <- beta W_ema + (1 - beta) W after every update of W.
 
     An average that was never advanced starts at the present weight, even if the weight has changed since the layer was
-    made (initialisation, a loaded checkpoint). Raises ValueError for a model without Q-EMA layers.
+    made (initialisation, a loaded checkpoint). Raises ValueError for a model without Q-EMA layers, and for averages in
+    half precision, which a step of (1 - beta) would not move.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,6 +34,10 @@ class QEma:
         if not self.layers:
             raise ValueError("the model has no Q-EMA layer; build it with a recipe whose q_ema_beta is set")
         for layer in self.layers:
+            if layer.weight_ema.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"Q-EMA needs averages in fp32, got weight_ema in {layer.weight_ema.dtype}; convert it"
+                )
             if layer.ema_updates == 0:
                 layer.reset_ema()
 

@@ -13,7 +13,9 @@ ROOT = Path(quantization.__file__).parent
 ORDER = (
     *("formats", "recipe", "philox", "reference", "adamw_update"),
     *("triton.multi_tensor", "triton.kernels", "triton.adamw", "triton.lerp"),
-    *("operators", "mx", "matmul", "shards", "baselines.int4", "linear", "swap", "weight_cache"),
+    *("operators", "mx", "matmul", "shards", "baselines.int4", "linear"),
+    *("families.base", "families.torch_modules", "families.torchvision_models", "families.timm_models"),
+    *("swap", "weight_cache", "coverage", "create"),
     *("measures.latent", "measures.oscillation"),
     *("optim.step_count", "optim.snapshot", "optim.ramping"),
     *("remedies.schedule", "remedies.q_ema", "remedies.dampen", "remedies.freeze", "remedies.osci_reset"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import copy
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
+from torch.nn.utils import parametrizations, weight_norm
 
 import quantization
-from quantization import RECIPES, Int4Linear, QuantLinear, linear, swap, swap_linears, weight_cache
+from quantization import RECIPES, Int4Linear, QuantLinear, Recipe, linear, swap, swap_linears, weight_cache
 from quantization.recipe import layer_class, layer_for
 
 REPOSITORY = Path(quantization.__file__).resolve().parent.parent
@@ -50,6 +53,112 @@ def test_a_class_of_recipes_of_its_own_brings_its_layer():
 def test_a_name_is_no_recipe():
     with pytest.raises(TypeError, match="got 'tetrajet'; RECIPES holds the named ones"):
         swap_linears(nn.Sequential(nn.Linear(4, 4)), "tetrajet", "0")
+
+
+class Block(nn.Module):
+    """Two linears under the names of an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(4, 4), "fc2": nn.Linear(4, 4)})
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def with_a_replaced_forward(layer: nn.Linear) -> nn.Linear:
+    layer.forward = lambda x: x
+    return layer
+
+
+def with_a_buffer(layer: nn.Linear) -> nn.Linear:
+    layer.register_buffer("mask", torch.ones(4))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda layer: Doubling(4, 4), "it is a Doubling, a subclass of nn.Linear"),
+        (lambda layer: nn.LazyLinear(4), "it is a LazyLinear, a subclass"),
+        (lambda layer: QuantLinear(4, 4), r"it is quantized already \(QuantLinear\)"),
+        (lambda layer: Int4Linear(4, 4), r"it is quantized already \(Int4Linear\)"),
+        (parametrizations.weight_norm, "its weight is parametrized; call .*remove_parametrizations"),
+        (lambda layer: weight_norm(layer), "it has more than a weight and a bias"),
+        (with_a_replaced_forward, "its forward was replaced"),
+        (with_a_buffer, "it has more than a weight and a bias"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_layer_that_does_more_is_refused_and_the_model_stays_as_it_was(make, reason):
+    model = Block()
+    model.mlp["fc2"] = odd = make(model.mlp["fc2"])
+    with pytest.raises(ValueError, match=f"mlp.fc2 cannot be quantized: {reason}.*; leave it out of the names"):
+        swap_linears(model, Recipe())
+    assert type(model.mlp["fc1"]) is nn.Linear and model.mlp["fc2"] is odd
+    assert type(swap_linears(model, Recipe(), "mlp.fc1").mlp["fc1"]) is QuantLinear
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("mlp.fc1", "mlp.fc3"), "Block has no linear layer named mlp.fc3; did you mean mlp.fc"),
+        ("attention", "Block has no linear layer named attention; pass other names"),
+        ("lp.fc1", "no linear layer named lp.fc1; did you mean mlp.fc"),
+    ],
+)
+def test_each_name_must_match(names, message):
+    model = Block()
+    with pytest.raises(ValueError, match=message):
+        swap_linears(model, Recipe(), names)
+    assert type(model.mlp["fc1"]) is nn.Linear
+
+
+@pytest.mark.parametrize("name", ["tetrajet", "int4"])
+def test_hooks_and_attributes_go_to_the_new_layer(name):
+    """Each hook acts, and its handle removes it."""
+    model, seen = Block(), []
+    layer = model.mlp["fc1"]
+    layer.tag = "first"
+
+    def note(what):
+        return lambda *arguments, **named: seen.append(what)
+
+    handles = [
+        layer.register_forward_pre_hook(note("pre")),
+        layer.register_forward_hook(note("forward"), with_kwargs=True, always_call=True),
+        layer.register_full_backward_pre_hook(note("backward pre")),
+        layer.register_full_backward_hook(note("backward")),
+        layer.register_state_dict_post_hook(note("save")),
+        layer.register_state_dict_pre_hook(note("before save")),
+        layer.register_load_state_dict_pre_hook(lambda module, *rest: seen.append(("load", module))),
+        layer.register_load_state_dict_post_hook(note("loaded")),
+    ]
+    swap_linears(model, RECIPES[name], "mlp.fc1")
+    new = model.mlp["fc1"]
+    del layer
+    assert new.tag == "first"
+
+    def use() -> list:
+        seen.clear()
+        new(torch.ones(2, 4, requires_grad=True)).sum().backward()
+        new.load_state_dict(copy.deepcopy(new.state_dict()))
+        return list(seen)
+
+    wanted = ["pre", "forward", "backward pre", "backward", "before save", "save", ("load", new), "loaded"]
+    assert use() == wanted
+    for handle in handles:
+        handle.remove()
+    assert use() == []
+
+
+def test_linears_of_one_weight_are_one_layer():
+    model = Block()
+    model.again = model.mlp
+    swap_linears(model, Recipe(), "mlp.fc1")
+    assert type(model.again["fc1"]) is QuantLinear and model.again["fc1"] is model.mlp["fc1"]
 
 
 @pytest.mark.parametrize("name", MOVED)

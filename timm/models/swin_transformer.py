@@ -5,14 +5,11 @@ windows or without, and the reduction of every patch merging, the one other line
 The patch embedding, norms, attention matmuls, relative position biases and the head are the installed ones.
 """
 
-from quantization import BLOCK_LINEARS
+from quantization.families.timm_models import SWIN_LINEARS
 from timm._overlay import run_installed
 from timm.models._quant import TakesQuant
 
 run_installed(globals())
-
-SWIN_LINEARS = (*BLOCK_LINEARS, "downsample.reduction")
-"""The linears that `quant` swaps. Without the last entry, patch merging stays in high precision."""
 
 
 class SwinTransformer(TakesQuant, globals()["SwinTransformer"]):
