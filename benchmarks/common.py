@@ -25,15 +25,16 @@ def positive(text: str) -> int:
 
 
 def model_name(text: str) -> str:
-    """An argparse type: a model that takes `quant`."""
-    import timm
-    from quantization import Recipe
+    """An argparse type: a model of timm that can be quantized."""
+    from quantization import Recipe, create_model
 
     try:
         with torch.device("meta"):
-            timm.create_model(text, quant=Recipe())
-    except (RuntimeError, TypeError, ValueError) as error:  # unknown, without the option, with blocks of another kind
-        raise argparse.ArgumentTypeError(f"must be a DeiT, ViT or Swin of timm, got {text}") from error
+            create_model(text, Recipe())
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a model of timm that can be quantized, got {text}: {error}"
+        ) from error
     return text
 
 

@@ -23,15 +23,15 @@ from common import append_rows, csv_file, median_and_percentiles, model_name, po
 from torch import multiprocessing
 from torch.distributed import TCPStore
 
-import timm
 from engine import TrainStep
-from quantization import Recipe
+from quantization import RECIPES as NAMED
+from quantization import Recipe, create_model
 from runtime import processes, sharding
 from runtime.environment import environment
 from runtime.rank_check import RankCheck
 from training.losses import OutputLoss
 
-RECIPES = {"bf16": None, "TetraJet": Recipe()}
+RECIPES = {"bf16": NAMED["none"], "TetraJet": Recipe()}
 WARM_UP = 8  # steps
 QUEUED = 0.05  # seconds of other work before the first timed step; from there on no step waits for the one before
 
@@ -41,7 +41,7 @@ def measure(recipe: str, how: str, args: argparse.Namespace, device: torch.devic
     torch._dynamo.reset()
     gc.collect()  # models refer to themselves in circles
     torch.manual_seed(0)
-    model = timm.create_model(args.model, quant=RECIPES[recipe], drop_path_rate=0.1)
+    model = create_model(args.model, RECIPES[recipe], drop_path_rate=0.1)
     size, classes = model.patch_embed.img_size, model.num_classes
     parallel = model
     if how == "FSDP2":

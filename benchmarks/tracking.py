@@ -17,8 +17,7 @@ from common import append_rows, csv_file, median_and_percentiles, model_name, po
 from torch.utils.data import TensorDataset
 from train_step import MODELS, Variant, training_step
 
-import timm
-from quantization import Recipe
+from quantization import Recipe, create_model
 from runtime.environment import environment
 from tracking.tracker import NUM_IMAGES, WINDOW, OscillationTracker
 
@@ -30,7 +29,7 @@ OPENING, CLOSING = "opening a window", "measuring at its end"
 def measure(name: str, batch_size: int, graph: bool, device: torch.device, rounds: int, steps: int) -> dict[str, list]:
     """Milliseconds of `steps` steps of each kind a round; of openings and closings, one a round."""
     torch.manual_seed(0)
-    model = timm.create_model(name, quant=Recipe(), drop_path_rate=0.1).to(device)
+    model = create_model(name, Recipe(), drop_path_rate=0.1).to(device)
     step = training_step(model, batch_size, Variant(Recipe(), graph=graph), device)
     size = model.patch_embed.img_size
     images = TensorDataset(torch.randn(NUM_IMAGES, 3, *size), torch.zeros(NUM_IMAGES, dtype=torch.long))

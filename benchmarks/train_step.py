@@ -29,9 +29,20 @@ import torch.nn.functional as F
 from common import append_rows, csv_file, median_and_percentiles, model_name, positive, timed
 from torch import nn
 
-import timm
 from engine import TrainStep
-from quantization import QEma, Quantizer, RampingAdamW, Recipe, has_fp8, linear, quant_linears, reference, set_matmul
+from quantization import (
+    RECIPES,
+    QEma,
+    Quantizer,
+    RampingAdamW,
+    Recipe,
+    create_model,
+    has_fp8,
+    linear,
+    quant_linears,
+    reference,
+    set_matmul,
+)
 from quantization.formats import Fp8
 from quantization.matmul import multiply
 from quantization.mx import backend_for
@@ -152,7 +163,7 @@ def measure(
     torch._dynamo.reset()
     gc.collect()  # models refer to themselves in circles
     torch.manual_seed(0)
-    model = timm.create_model(name, quant=variant.recipe, drop_path_rate=0.1).to(device)
+    model = create_model(name, variant.recipe or RECIPES["none"], drop_path_rate=0.1).to(device)
     set_matmul(model, variant.matmul)
     if variant.compiled:
         model.compile()

@@ -132,11 +132,15 @@ def test_scaling_without_two_gpus_one_line(run):
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("train_step.py", ["--models", "nosuch"], "must be a DeiT, ViT or Swin of timm, got nosuch"),
         (
             "train_step.py",
-            ["--models", "vit_relpos_small_patch16_224"],
-            "must be a DeiT, ViT or Swin of timm, got",
+            ["--models", "nosuch"],
+            "must be a model of timm that can be quantized, got nosuch: Unknown model",
+        ),
+        (
+            "train_step.py",
+            ["--models", "resnet18"],
+            "must be a model of timm that can be quantized, got resnet18: ResNet has no linear layer",
         ),
         ("kernels.py", ["--csv", "."], "must be a file, got the directory ."),
         ("tracking.py", ["--rounds", "0"], "must be at least 1, got 0"),

@@ -418,7 +418,7 @@ MISTAKES = {
     "hopeless model": (["--model", "zzz"], r"--model must be a model of timm, got 'zzz'"),
     "cnn": (
         ["--quant", "mxfp4", "--model", "resnet18"],
-        r"--quant needs a Vision Transformer .*, got --model resnet18",
+        r"--quant cannot quantize --model resnet18: ResNet has no linear layer named .*docs/models.md",
     ),
     "input size": (["--input-size", "9"], r"multiple of deit_micro_patch4_32's patch size 4, got 9"),
     "tiny input": (["--model", "deit_tiny_patch16_224", "--input-size", "8"], r"(multiple|cannot be built).* 8"),

@@ -9,7 +9,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 import timm
-from quantization import Int4Recipe, Recipe
+from quantization import Coverage, Int4Recipe, Recipe, Status, coverage, swap_linears
 from runtime import processes
 from runtime.errors import UserError
 
@@ -35,16 +35,9 @@ def build_model(
     arguments = {"num_classes": num_classes, "drop_path_rate": drop_path}
     if input_size != own_size:
         arguments["img_size"] = input_size
-    if recipe.quantizes:
-        arguments["quant"] = recipe
     try:
         model = _create(name, arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
-        if recipe.quantizes and "quant" in str(error):
-            raise UserError(
-                "--quant needs a Vision Transformer of timm with plain blocks (deit_*, vit_*) or a Swin Transformer "
-                f"(swin_*), got --model {name}"
-            ) from error
         if "drop_path_rate" in str(error):
             raise UserError(f"{option} {name} has no stochastic depth, got --drop-path {drop_path}; give 0") from error
         raise UserError(
@@ -53,7 +46,27 @@ def build_model(
     patch, _ = to_2tuple(getattr(getattr(model, "patch_embed", None), "patch_size", 1))
     if input_size < patch or input_size % patch:
         raise UserError(f"--input-size must be a multiple of {name}'s patch size {patch}, got {input_size}")
-    return model
+    try:
+        return swap_linears(model, recipe)
+    except ValueError as error:
+        reason = str(error).rpartition(";")[0]
+        raise UserError(
+            f"--quant cannot quantize {option} {name}: {reason}; take one of the models in docs/models.md"
+        ) from error
+
+
+def check_coverage(model: nn.Module, name: str, input_size: int) -> Coverage:
+    """What of a quantized model is quantized. Raises UserError if the model computes around a quantized layer."""
+    device = next(model.parameters()).device
+    shape = (2, 3, input_size, input_size)
+    images = torch.linspace(-1, 1, torch.Size(shape).numel(), device=device).view(shape)  # no random generator moves
+    found = coverage(model, images)
+    if bypassed := found.having(Status.BYPASSED):
+        raise UserError(
+            f"--quant needs a model that calls its linears; --model {name} reads the weight of {bypassed[0].name} "
+            f"instead ({len(bypassed)} layers so); choose another model"
+        )
+    return found
 
 
 def _create(name: str, arguments: dict) -> nn.Module:

@@ -25,17 +25,17 @@ from quantization import (
     FORWARD,
     QUANTIZERS,
     RECIPES,
+    Coverage,
     Dampen,
     Freeze,
-    Int4Linear,
     Int4Recipe,
     OsciReset,
     QEma,
     RampingAdamW,
     Recipe,
+    Status,
     has_fp8,
     initialise_steps,
-    quant_linears,
     set_matmul,
 )
 from runtime import processes, sharding
@@ -50,7 +50,7 @@ from tracking.tracker import OscillationTracker
 from training import checkpoint
 from training.loop import QRamping, Training, count_bad_images
 from training.losses import Criterion, DistillationLoss, base_criterion
-from training.models import build_model, checkpoint_activations, model_input_size, share_weights
+from training.models import build_model, check_coverage, checkpoint_activations, model_input_size, share_weights
 from training.options import FIELDS, SAME_ON_RESUME, LowPrecision, Options, flag
 from training.run_log import RunLog
 
@@ -81,6 +81,8 @@ class Setup:
     model: nn.Module
     identity: dict[str, object]
     """The settings that a checkpoint must share with this model."""
+    coverage: Coverage | None
+    """What of the model is quantized; None if the recipe quantizes nothing."""
 
 
 def build_recipe(precision: LowPrecision) -> Recipe | Int4Recipe:
@@ -148,6 +150,7 @@ def prepare(options: Options, device: torch.device) -> Setup:
     if not options.run.fsdp:  # which takes the model to the device block by block
         model.to(device)
     set_matmul(model, options.precision.matmul)
+    covered = check_coverage(model, name, input_size) if recipe.quantizes else None
     if options.run.checkpoint_activations:
         checkpoint_activations(model, name)
     if options.run.compile:
@@ -158,7 +161,7 @@ def prepare(options: Options, device: torch.device) -> Setup:
         "input size": input_size,
         "recipe": recipe.describe(),
     }
-    return Setup(options, device, data, loaders, model, identity)
+    return Setup(options, device, data, loaders, model, identity, covered)
 
 
 def build_optimizer(options: Options, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -433,10 +436,13 @@ def build_ramping(setup: Setup, step: TrainStep, interrupts: Interrupts) -> QRam
 
 def describe(setup: Setup, directory: Path, num_parameters: int) -> None:
     """Say in a few lines what is about to run."""
-    options, model, loaders, device = setup.options, setup.model, setup.loaders, setup.device
+    options, loaders, device = setup.options, setup.loaders, setup.device
     quant, held_out = options.precision.quant, sum(processes.gather(len(loaders.val.dataset)))
-    num_linears = len(quant_linears(model)) + sum(isinstance(module, Int4Linear) for module in model.modules())
+    covered = setup.coverage
+    num_linears = 0 if covered is None else len(covered.having(Status.QUANTIZED))
     say(f"model   {options.model.model}: {num_parameters:,} parameters, {num_linears} linears in {quant}")
+    if covered is not None:
+        say(f"covers  {covered.summary()}")
     fp8 = device.type == "cuda" and quant != "int4" and options.precision.matmul != "bf16" and has_fp8(device)
     arithmetic = ("fp8" if fp8 else "bf16") if device.type == "cuda" else "fp32"
     how = "simulated" if quant == "int4" else "multiplied"
