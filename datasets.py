@@ -9,7 +9,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
-from data.base import SMALL_DATA, BadImages, DataConfig, DataSet
+from data.base import SMALL_DATA, BadImages, DataConfig, DataSet, Preprocessing
 from data.epoch_order import EpochBatches, PlannedBatches
 from data.image_files import ImageFiles, ImageFilesLoader, ImageFolders, take_bad_images
 from data.in_memory import Cifar, Digits, Fashion, Fractals
@@ -27,6 +27,7 @@ __all__ = [
     "DataConfig",
     "DataSet",
     "Loaders",
+    "Preprocessing",
     "build_loaders",
     "fingerprint",
     "set_epoch",
@@ -54,18 +55,25 @@ DATA_SETS: dict[str, DataSet] = {
 class Loaders:
     """A run's loaders. Each serves batches (images, labels): fp32 [B, 3, height, width] and int64 [B]."""
 
-    train: DataLoader
+    train: DataLoader | None
+    """None for an evaluation, like `calibration`."""
     val: DataLoader
     """The held-out images, in order, divided among the processes."""
-    calibration: DataLoader
+    calibration: DataLoader | None
     """The training set in an order of its own, for Q-Ramping's detection."""
     num_classes: int
+    classes: tuple[str, ...] | None = None
+    """The classes' names in the order of their labels, where the data set has them."""
 
 
 def build_loaders(config: DataConfig) -> Loaders:
     """Training, held-out and calibration loaders. Raises UserError for data that is missing or does not fit."""
-    train, num_classes = _open(config, training=True)
-    val, _ = _open(config, training=False)
+    train = None if config.held_out_only else _open(config, training=True)[0]
+    val, num_classes = _open(config, training=False)
+    val_share = Subset(val, range(processes.rank(), len(val), processes.world_size()))
+    classes = tuple(val.classes) if isinstance(val, ImageFiles) else None
+    if config.held_out_only:
+        return Loaders(None, _loader(val_share, config), None, num_classes, classes)
     sampler_options = {"num_replicas": processes.world_size(), "rank": processes.rank(), "shuffle": True}
 
     def train_loader() -> DataLoader:
@@ -83,8 +91,7 @@ def build_loaders(config: DataConfig) -> Loaders:
             f"an epoch must hold at least one batch: {config.name} gives {len(loader.batch_sampler.sampler)} training "
             f"images to a process, --batch-size is {config.batch_size}; lower --batch-size or --repeats"
         )
-    val_share = Subset(val, range(processes.rank(), len(val), processes.world_size()))
-    return Loaders(loader, _loader(val_share, config), train_loader(), num_classes)
+    return Loaders(loader, _loader(val_share, config), train_loader(), num_classes, classes)
 
 
 def set_epoch(loader: DataLoader, config: DataConfig, epoch: int, first: int = 0) -> None:

@@ -58,9 +58,11 @@ def main(argv: list[str] | None = None) -> int:
         broken_off = isinstance(error, RuntimeError) and processes.another_has_failed()
         if broken_off or not processes.first_to_report(repr(error)):
             return DIVERGED
-        raise
+        if not processes.lacks_shared_memory(error):
+            raise
+        message, code = f"main.py: error: {processes.SHARED_MEMORY}", USER_MISTAKE
     if code != DONE and processes.first_to_report(message):
-        print(" ".join(message.split()), file=sys.stderr, flush=True)
+        processes.write_line(" ".join(message.split()), sys.stderr)
     if code in (DONE, DIVERGED, STOPPED):  # where all processes end; after another failure it would wait for the rest
         processes.stop()
     return code

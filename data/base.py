@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 
 from PIL.Image import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -46,6 +47,19 @@ class BadImages(str, Enum):
 
 
 @dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the model's input, beside augmentation. The defaults are ImageNet's and DeiT's."""
+
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    """Of each channel of images in [0, 1]; subtracted."""
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    """Each channel is divided by it."""
+    interpolation: str = "bicubic"
+    crop: float = 0.875
+    """Share of a held-out image's shorter side that the central crop covers."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The data of one run: the name of the data set, how its images are prepared, and how they form batches."""
 
@@ -65,6 +79,11 @@ class DataConfig:
     bad_images: BadImages = BadImages.STOP
     keep_last_batch: bool = False
     """Train on the images that do not fill a batch, too."""
+    preprocessing: Preprocessing = Preprocessing()
+    exif_orientation: bool = False
+    """Turn an image file as its EXIF orientation says."""
+    held_out_only: bool = False
+    """Open no training split, which need not be there."""
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import datasets as tv_datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.base import BadImages, DataConfig, DataSet, Transform
 from data.fingerprint import fingerprint_files
+from runtime import processes
 from runtime.errors import UserError
 
 LEFT_OUT = -100  # label of a held-out image that does not count; it is cross_entropy's default for that
+ORIENTATION = 0x0112
+"""EXIF's tag."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation (TIFF 6.0, tag Orientation); 1 needs nothing."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +62,33 @@ class ImageFiles(tv_datasets.ImageFolder):
     its label is `LEFT_OUT`.
     """
 
-    def __init__(self, root: Path, transform: Transform, bad_images: BadImages, training: bool) -> None:
-        super().__init__(str(root), transform)
+    def __init__(
+        self, root: Path, transform: Transform, bad_images: BadImages, training: bool, upright: bool = False
+    ) -> None:
+        self.passed_over: list[str] = []
+        """Files without the suffix of an image, and links that lead back to a directory around them."""
+        super().__init__(str(root), transform, loader=partial(read_image, upright=upright))
         self.bad_images, self.training = bad_images, training
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        return find_classes(Path(directory))
+
+    def make_dataset(self, directory: str, class_to_idx: dict[str, int], *unused: object, **unused_too: object) -> list:
+        """The (path, label) of every image, class by class, in the order of torchvision. Hidden files are passed over.
+
+        Raises FileNotFoundError for a class without images.
+        """
+        samples = []
+        for name, label in class_to_idx.items():
+            files = sorted(_files_below(Path(directory, name), self.passed_over))
+            found = [os.path.join(*place) for place in files if place[1].lower().endswith(IMG_EXTENSIONS)]
+            self.passed_over += [os.path.join(*f) for f in files if not f[1].lower().endswith(IMG_EXTENSIONS)]
+            if not found:
+                raise FileNotFoundError(
+                    f"{Path(directory, name)} has none; the names of images end in {', '.join(IMG_EXTENSIONS)}"
+                )
+            samples += [(path, label) for path in found]
+        return samples
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label, _ = self._load(index)
@@ -78,6 +120,56 @@ class ImageFiles(tv_datasets.ImageFolder):
         raise UserError(
             f"{self.root} must hold images, but none of its {len(self.samples):,} files is a readable one; replace them"
         )
+
+
+def find_classes(directory: Path) -> tuple[list[str], dict[str, int]]:
+    """The names of the classes, which are the folders that are not hidden, and their labels in alphabetical order.
+
+    Raises FileNotFoundError if there are none.
+    """
+    classes = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise FileNotFoundError(f"{directory} has none")
+    return classes, {name: label for label, name in enumerate(classes)}
+
+
+def _files_below(directory: Path, loops: list[str], around: frozenset = frozenset()) -> Iterator[tuple[str, str]]:
+    """(Directory, name) of every file that is not hidden. Links are followed; those that lead back go into `loops`."""
+    status = directory.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in around:
+        loops.append(str(directory))
+        return
+    for entry in os.scandir(directory):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _files_below(Path(entry.path), loops, around | {here})
+        else:
+            yield str(directory), entry.name
+
+
+def read_image(path: str, upright: bool = False) -> Image.Image:
+    """An image file in RGB, eight bits a channel; with `upright` it is turned as its EXIF orientation says.
+
+    A grey image of 16 bits keeps its brightness: Pillow's own conversion would cut off all above 255. Raises ValueError
+    for integers of 32 bits and for floating-point numbers, of which nobody but the user knows which value is white.
+    """
+    with open(path, "rb") as file:
+        image = Image.open(file)
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # Pillow scales PPM
+            grey = np.asarray(image).astype(np.float64) * (255 / 65535)
+            converted = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        elif image.mode[:1] in ("I", "F"):
+            kind = "floating-point numbers" if image.mode[0] == "F" else "32-bit integers"
+            raise ValueError(f"its pixels are {kind}, whose white is unknown; store 8 or 16 bits")
+        else:
+            converted = image.convert("RGB")
+        return _turned(converted, image.getexif().get(ORIENTATION, 1)) if upright else converted
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 class ImageFilesLoader(DataLoader):
@@ -114,18 +206,21 @@ class ImageFolders(DataSet):
 
     def open(self, config: DataConfig, transform: Transform, training: bool) -> tuple[ImageFiles, int]:
         root = self.directory(config)
-        for split in ("train", "val"):
+        splits = ("val",) if config.held_out_only else ("train", "val")
+        for split in splits:
             if not (root / split).is_dir():
                 raise UserError(
-                    f"--data-path {root} must hold train/ and val/, found no {split}/; see the README's data"
+                    f"--data-path {root} must hold {' and '.join(f'{s}/' for s in splits)}, found no {split}/; "
+                    "see the README's data"
                 )
         try:
-            classes, val_classes = (tv_datasets.folder.find_classes(str(root / split))[0] for split in ("train", "val"))
-            images = ImageFiles(root / ("train" if training else "val"), transform, config.bad_images, training)
+            *others, classes = (find_classes(root / split)[0] for split in splits)
+            split = root / ("train" if training else "val")
+            images = ImageFiles(split, transform, config.bad_images, training, config.exif_orientation)
         except FileNotFoundError as error:
             raise UserError(f"every class must be a folder with images in it: {error}") from error
-        if classes != val_classes:
-            odd = sorted(set(classes) ^ set(val_classes))
+        if others and classes != others[0]:
+            odd = sorted(set(classes) ^ set(others[0]))
             raise UserError(
                 f"train/ and val/ of {root} must hold the same classes; only one of them has {', '.join(odd[:5])}"
                 + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
@@ -134,6 +229,12 @@ class ImageFolders(DataSet):
             raise UserError(
                 f"{self.name} has {self.num_classes} classes, {root} has {len(classes)}; "
                 "use --data-set FOLDER for other images"
+            )
+        if images.passed_over:
+            number, first = len(images.passed_over), images.passed_over[0]
+            processes.say(
+                f"note    {number} files or links in {images.root} are passed over, as no images by their suffix or as "
+                f"links that lead back; the first is {first}"
             )
         return images, len(classes)
 

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets as tv_datasets
 
-from data.base import SMALL_DATA, DataConfig, DataSet, Transform
+from data.base import SMALL_DATA, DataConfig, DataSet, Preprocessing, Transform
 from data.fingerprint import fingerprint_arrays
 from data.fractals import fractal_images
 from runtime import processes
@@ -61,6 +60,7 @@ class ShiftAndFlip:
 
     padding: int
     flip: float
+    preprocessing: Preprocessing = Preprocessing()
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8, grey [B, height, width] or RGB [B, height, width, 3] -> fp32 [B, 3, height, width]."""
@@ -73,7 +73,7 @@ class ShiftAndFlip:
             images = windows[torch.arange(count), :, down, right]
         if self.flip:
             images = torch.where(torch.rand(count, 1, 1, 1) < self.flip, images.flip(-1), images)
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.preprocessing.mean, self.preprocessing.std))
         return (images.contiguous().float() / 255 - mean) / std
 
 
@@ -100,7 +100,8 @@ class InMemory(DataSet):
         resized = images.shape[1:3] != (config.input_size, config.input_size)
         batch_transform = None
         if self.by_batch and not augmented and not resized:
-            batch_transform = ShiftAndFlip(self.padding, self.flip) if training else ShiftAndFlip(0, 0.0)
+            padding, flip = (self.padding, self.flip) if training else (0, 0.0)
+            batch_transform = ShiftAndFlip(padding, flip, config.preprocessing)
         return ArrayImages(images, labels, transform, batch_transform), self.num_classes
 
     def fingerprint(self, split: ArrayImages) -> str:

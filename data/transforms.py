@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
+from timm.data import auto_augment, create_transform
 from torchvision import transforms as T
 
 from data.base import DataConfig, DataSet, Transform
@@ -16,7 +18,7 @@ RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # DeiT's choice
 
 def build_transform(config: DataConfig, data_set: DataSet, training: bool) -> Transform:
     """The transform of a split's images. Raises UserError if timm does not know `config.aa`."""
-    return _training_transform(config, data_set) if training else _evaluation_transform(config.input_size, data_set)
+    return _training_transform(config, data_set) if training else _evaluation_transform(config, data_set)
 
 
 def _training_transform(config: DataConfig, data_set: DataSet) -> T.Compose:
@@ -28,7 +30,9 @@ def _training_transform(config: DataConfig, data_set: DataSet) -> T.Compose:
             hflip=data_set.flip,
             color_jitter=config.color_jitter or None,
             auto_augment=None if config.aa == "none" else config.aa,
-            interpolation="bicubic",
+            interpolation=config.preprocessing.interpolation,
+            mean=config.preprocessing.mean,
+            std=config.preprocessing.std,
             re_prob=config.reprob,
             re_mode="pixel",
         )
@@ -41,17 +45,19 @@ def _training_transform(config: DataConfig, data_set: DataSet) -> T.Compose:
     except (AssertionError, ValueError) as error:
         raise UserError(f"--aa must be none or one of timm's, such as {RAND_AUGMENT}, got {config.aa!r}") from error
     if size <= SMALL_IMAGE:
-        resize = T.Resize((size, size), T.InterpolationMode.BICUBIC)
+        resize = T.Resize((size, size), T.InterpolationMode(config.preprocessing.interpolation))
         transform.transforms[0] = T.Compose([resize, T.RandomCrop(size, padding=data_set.padding)])
     return transform
 
 
-def _evaluation_transform(size: int, data_set: DataSet) -> T.Compose:
+def _evaluation_transform(config: DataConfig, data_set: DataSet) -> T.Compose:
+    size, how = config.input_size, config.preprocessing
+    interpolation = T.InterpolationMode(how.interpolation)
     if size <= SMALL_IMAGE or not data_set.crops_centre:
-        steps = [T.Resize((size, size), T.InterpolationMode.BICUBIC)]
-    else:  # DeiT evaluates the centre 224 of 256 pixels.
-        steps = [T.Resize(round(size * 256 / 224), T.InterpolationMode.BICUBIC), T.CenterCrop(size)]
-    return T.Compose([*steps, T.ToTensor(), T.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+        steps = [T.Resize((size, size), interpolation)]
+    else:  # with DeiT's crop, the centre 224 of 256 pixels
+        steps = [T.Resize(math.floor(size / how.crop), interpolation), T.CenterCrop(size)]
+    return T.Compose([*steps, T.ToTensor(), T.Normalize(how.mean, how.std)])
 
 
 def _let_posterize_keep_no_bits(

@@ -215,7 +215,7 @@ def _dense(source: Tensor | Packed, dtype: torch.dtype) -> Tensor:
 
 
 class _MXLinear(torch.autograd.Function):
-    """The three matmuls of the layer on X [N, D], in three kinds of arithmetic.
+    """The three matmuls of the layer, in three kinds of arithmetic.
 
     Under autocast and for bf16 input, operands are bf16, or, with FP8, E5M2 and E4M3 numbers over one power of two per
     tensor. For other fp32 input they are fp32, and float64 for float64. Sums are accumulated in fp32 (float64 for
@@ -225,7 +225,7 @@ class _MXLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        x_ND: Tensor,
+        x: Tensor,
         weight_CD: Tensor,
         bias_C: Tensor | None,
         ema_CD: Tensor | None,
@@ -237,17 +237,18 @@ class _MXLinear(torch.autograd.Function):
         save: bool,
         cache: WeightCache | None,
     ) -> Tensor:
-        """Y = Q1(X) Q2(W)^T + b, [N, C], in the dtype that `nn.Linear` would return.
+        """Y = Q1(X) Q2(W)^T + b, in the dtype that `nn.Linear` would return.
 
         With `use_fp8`, `underflowed` counts the groups that underflow here. `underflowed_backward` is not read; it only
         receives the backward pass's count (see `backward`). `save` keeps what the backward pass needs.
         """
-        dtype = matmul_dtype(x_ND)
+        dtype = matmul_dtype(x)
         plan = _Plan(recipe, dtype, use_fp8 and dtype == torch.bfloat16, underflowed)
         q1, q2 = recipe.q1, recipe.q2
+        x_ND = x.reshape(-1, x.shape[-1])
         keys = (None, None)
         if Rounding.STOCHASTIC in (q1.rounding, q2.rounding):
-            keys = fresh_keys(2, x_ND.device)
+            keys = fresh_keys(2, x.device)
         x_fp8, w_fp8 = plan.fp8_of(q1, q2)
         keep_x_amax = save and plan.fp8_of(recipe.q5, recipe.q6)[0] is not None
         keep_w_amax = save and plan.fp8_of(recipe.q3, recipe.q4)[0] is not None
@@ -262,43 +263,46 @@ class _MXLinear(torch.autograd.Function):
         w_operand_CD, kept_w, saved_w = made
         # Y [N, C] = Q1(X) [N, D] @ Q2(W) [C, D].T + b [C]. Operands: bf16 x bf16, E5M2 x E4M3 or fp32 x fp32.
         # Result: bf16 under autocast, else the dtype of X.
-        y_NC = multiply(x_operand_ND, w_operand_CD, output_dtype(x_ND), bias_C)
+        y_NC = multiply(x_operand_ND, w_operand_CD, output_dtype(x), bias_C)
 
         # Codes and scales are tensors of the graph like any other, so activation checkpointing and saved-tensor hooks
         # see them.
         ctx.save_for_backward(*(*saved_x, *saved_w) if save else ())
         ctx.plan, ctx.kept_x, ctx.kept_w = plan, kept_x, kept_w
-        ctx.x_dtype, ctx.weight_dtype = x_ND.dtype, weight_CD.dtype
+        ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight_CD.dtype
         ctx.bias_dtype = None if bias_C is None else bias_C.dtype
-        return y_NC
+        # A view of y_NC would be protected from users who add to the result in place, as some models of timm do. No one
+        # else holds y_NC, so the result may pass for a tensor of its own.
+        return torch.ops.aten._unsafe_view(y_NC, (*x.shape[:-1], weight_CD.shape[0]))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_NC: Tensor):
+    def backward(ctx, dy: Tensor):
         """dX = Q3(dY) Q4(Q2(W)), dW = Q5(dY)^T Q6(Q1(X)) and db, in the dtypes of X, W and b, as far as needed.
 
         The number of underflowed groups is returned as the gradient of the input `underflowed_backward`. A compiled
         backward pass cannot add to a buffer, but autograd adds the gradient that it returns to the tensor's `.grad`,
         where `take_lost_groups` reads it. The tensor takes no part in Y, so it has no other gradient.
         """
-        underflowed = torch.zeros(1, dtype=torch.int64, device=dy_NC.device) if ctx.plan.fp8 else None
+        dy_NC = dy.reshape(-1, dy.shape[-1])
+        underflowed = torch.zeros(1, dtype=torch.int64, device=dy.device) if ctx.plan.fp8 else None
         plan = replace(ctx.plan, underflowed=underflowed)
         recipe = plan.recipe
         saved = list(ctx.saved_tensors)  # read once, because checkpointing recomputes the forward pass for it
         x_source, x_amax = ctx.kept_x.read(saved)
         w_source, w_amax = ctx.kept_w.read(saved)
         # The keys are new for every layer, operand and backward pass, so micro-batches and ranks round independently.
-        key3, key4, key5, key6 = fresh_keys(4, dy_NC.device).split(1)
+        key3, key4, key5, key6 = fresh_keys(4, dy.device).split(1)
         needs_dx, needs_dw, has_bias_gradient = ctx.needs_input_grad[:3]
         needs_db = ctx.bias_dtype is not None and has_bias_gradient
         dy_rows_NC, dy_columns_CN, db_C = _gradient_operands(dy_NC, plan, (needs_dx, needs_dw, needs_db), (key3, key5))
-        dx_ND = dw_CD = None
+        dx = dw_CD = None
         if needs_dx:
             _, w_fp8 = plan.fp8_of(recipe.q3, recipe.q4)
             _, w_operand_DC, _ = _backward_operands(w_source, None, recipe.q4, (None, key4), plan, w_fp8, w_amax)
             # dX [N, D] = Q3(dY) [N, C] @ Q4(Q2(W)) [D, C].T. Operands: bf16 x bf16, E5M2 x E4M3 or fp32 x fp32.
             # Result: the dtype of X.
-            dx_ND = multiply(dy_rows_NC, w_operand_DC, ctx.x_dtype)
+            dx = multiply(dy_rows_NC, w_operand_DC, ctx.x_dtype).reshape(ctx.x_shape)
         if needs_dw:
             _, x_fp8 = plan.fp8_of(recipe.q5, recipe.q6)
             _, x_operand_DN, _ = _backward_operands(x_source, None, recipe.q6, (None, key6), plan, x_fp8, x_amax)
@@ -308,7 +312,7 @@ class _MXLinear(torch.autograd.Function):
         db_C = db_C.to(ctx.bias_dtype) if needs_db else None
         # Input 6 is `underflowed_backward`.
         count = underflowed.to(torch.float32) if plan.fp8 and ctx.needs_input_grad[6] else None
-        return dx_ND, dw_CD, db_C, None, None, None, count, None, None, None, None
+        return dx, dw_CD, db_C, None, None, None, count, None, None, None, None
 
 
 @layer_for(Recipe)
@@ -365,7 +369,7 @@ class QuantLinear(nn.Linear):
         moved = super()._apply(fn, recurse)
         if (
             average is not None and self.weight_ema.dtype != average.dtype
-        ):  # `model.half()`: such an average cannot move
+        ):  # after `model.half()`, which it must not follow
             self.weight_ema = average.to(self.weight_ema.device)
         self._make_counters()
         return moved
@@ -402,9 +406,8 @@ class QuantLinear(nn.Linear):
         use_fp8 = self._uses_fp8
         underflowed, underflowed_backward = underflow_counters(x.device) if use_fp8 else (None, None)
         trains = x.requires_grad or self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        # The function works on matrices, so that its result is no view: users may add to what this returns in place.
-        y_NC = _MXLinear.apply(
-            x.reshape(-1, self.in_features),
+        return _MXLinear.apply(
+            x,
             self.weight,
             self.bias,
             *self._ema_arguments(),
@@ -417,7 +420,6 @@ class QuantLinear(nn.Linear):
             # A compiled graph contains the quantization of the weight.
             None if torch.compiler.is_compiling() else self.weight_cache,
         )
-        return y_NC.reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 end a run after its next step, the same one in all processes."""
+"""SIGTERM, SIGUSR1 and ctrl-C end a run after its next step, the same one in all processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from runtime import processes
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_SIGNAL = 1.0
 """Seconds within which signals count as one: a scheduler signals every process, and torchrun passes its own on."""
 AGREE_EVERY = 10

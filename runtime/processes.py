@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterable
 from datetime import timedelta
 from functools import lru_cache
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -209,7 +210,25 @@ def _store() -> dist.TCPStore | None:
 def say(message: str) -> None:
     """One line on the terminal, from the main process."""
     if is_main():
-        print(message, flush=True)
+        write_line(message, sys.stdout)
+
+
+def write_line(message: str, stream: TextIO) -> None:
+    """Characters that the stream cannot write, such as those of a file name that is not UTF-8, come as escapes."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(message.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+SHARED_MEMORY = (
+    "loader processes hand over batches in /dev/shm, which is too small; pass --num-workers 0, or start the container "
+    "with a larger --shm-size, such as 8g"
+)
+
+
+def lacks_shared_memory(error: BaseException) -> bool:
+    """Tell if a loader process has failed because /dev/shm is full: by an error of its own, or by a bus error."""
+    text = str(error)
+    return "shared memory" in text or "Bus error" in text or "/torch_" in text and "No space left" in text
 
 
 def end_loaders(error: BaseException | None) -> None:

@@ -47,7 +47,7 @@ PICKED = {  # of the other modules, whose models are no Transformers, the first 
     "hiera": ("hiera_tiny_224", {}),
     "hieradet_sam2": ("sam2_hiera_tiny", {}),
     "levit": ("levit_128s", {}),
-    "maxxvit": ("test_maxvit", {}),
+    "maxxvit": ("maxvit_pico_rw_256", {"img_size": 128}),
     "metaformer": ("caformer_s18", {}),
     "mlp_mixer": ("gmixer_12_224", {}),
     "mobilevit": ("mobilevit_xxs", {}),

@@ -178,7 +178,7 @@ def damaged(content: bytes, generator: random.Random) -> bytes:
 @pytest.mark.parametrize("option", ["--resume", "--finetune"])
 def test_damaged_checkpoints(option, checkpoint_bytes, capsys, monkeypatch):
     """A damaged file that is still readable may be evaluated; every other one is refused."""
-    monkeypatch.setattr(setup, "evaluate", lambda *arguments: {"acc1": 0.0})
+    monkeypatch.setattr(setup, "evaluate", lambda *arguments: {"loss": 1.0, "acc1": 0.0})
     generator, codes = random.Random(3), []
     for _ in range(60):
         Path("damaged.pth").write_bytes(damaged(checkpoint_bytes, generator))
@@ -193,7 +193,7 @@ JUNK = [None, 0, -1, 2**70, 1.5, "x", [], {}, (), torch.zeros(0), torch.zeros(3,
 
 def test_checkpoints_of_another_structure(checkpoint_bytes, capsys, monkeypatch):
     """Each part of a finished run's checkpoint replaced by something else: refused, or not needed any more."""
-    monkeypatch.setattr(setup, "evaluate", lambda *arguments: {"acc1": 0.0})
+    monkeypatch.setattr(setup, "evaluate", lambda *arguments: {"loss": 1.0, "acc1": 0.0})
     content = torch.load(io.BytesIO(checkpoint_bytes), weights_only=True)
     generator = random.Random(4)
     for part in sorted(content.keys() - {"epoch", "best_acc1", "scheduler"}):

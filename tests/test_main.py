@@ -545,7 +545,7 @@ MISTAKES = {
         r"--track-oscillation measures training, got --eval; leave one of them out",
     ),
     "both": (["--resume", "a", "--finetune", "b"], r"give one of them"),
-    "eval what": (["--eval"], r"--eval needs weights; give --resume or --finetune"),
+    "eval what": (["--eval"], r"--eval needs weights; give --resume, --finetune or --pretrained"),
     "eval auto": (
         ["--eval", "--resume", "auto", "--output-dir", "none"],
         r"needs none/checkpoint.pth, which is missing",
@@ -556,7 +556,19 @@ MISTAKES = {
     ),
     "seed": (["--seed", "99999999999999999999"], r"--seed: needs a whole number from 0 to 2147483647"),
     "workers": (["--num-workers", "1000000"], r"--num-workers: needs a whole number from 0 to 512"),
-    "model tag": (["--model", "deit_tiny_patch16_224.nope"], r"--model must be a model of timm, got 'deit_tiny"),
+    "model tag": (
+        ["--model", "deit_tiny_patch16_224.nope"],
+        r"has a tag that timm does not know; it knows deit_tiny_patch16_224.fb_in1k",
+    ),
+    "two sources of weights": (["--pretrained", "--finetune", "x.pth"], r"--pretrained and a file are two sources"),
+    "weights of nothing": (["--weights", "ema"], r"--weights ema chooses from the file of --finetune or of --eval"),
+    "mean of two": (["--mean", "0.5", "0.5"], r"--mean: expected 3 arguments"),
+    "std of zero": (["--std", "0", "1", "1"], r"--std: needs a number at least 1e-06, got '0'"),
+    "orientation of digits": (["--exif-orientation"], r"is about image files \(IMNET, FOLDER\), got --data-set DIGITS"),
+    "long warm-up": (
+        ["--epochs", "3", "--warmup-epochs", "3", "--no-warmup-prefix"],
+        r"--warmup-epochs must be less than --epochs 3, got 3: --lr would never be reached; lower it",
+    ),
     "long path": (["--output-dir", "x" * 300], r"File name too long"),
     "bad images": (["--bad-images", "skip"], r"is about image files \(IMNET, FOLDER\), got --data-set DIGITS; drop it"),
     "augmentation": (["--aa", "sharpen"], r"--aa must be none or one of timm's, .* got 'sharpen'"),
@@ -767,8 +779,8 @@ def test_a_compiled_run_is_a_run_like_any_other(monkeypatch, capsys):
     compile_module, build = torch.nn.Module.compile, setup.build_model
     compiled = []
 
-    def build_one_block(*arguments):
-        model = build(*arguments)
+    def build_one_block(*arguments, **options):
+        model = build(*arguments, **options)
         model.blocks = model.blocks[:1]
         return model
 
@@ -810,7 +822,8 @@ def test_options_are_these():
         --backward-operands --scaling --forward-element --backward-element --dampen --dampen-reduction --freeze
         --osci-reset --osci-reset-interval --osci-reset-threshold --osci-reset-start --bad-images
         --save-epochs --save-steps --keep-checkpoints --deterministic
-        --accumulate-steps --checkpoint-activations --keep-last-batch --fsdp --check-ranks""".split()
+        --accumulate-steps --checkpoint-activations --keep-last-batch --fsdp --check-ranks
+        --pretrained --weights --mean --std --exif-orientation --warmup-prefix --no-warmup-prefix""".split()
     )
 
 
@@ -860,7 +873,7 @@ def test_defaults_of_swin_on_imagenet(model, drop_path):
         parse_args(["--data-set", "IMNET", "--data-path", "x", *options]).flat() for options in ([], ["--model", model])
     )
     different = {name: value for name, value in swin.items() if value != deit[name]}
-    wanted = {"model": model, "warmup_epochs": 20, "clip_grad": 5.0, "drop_path": drop_path}
+    wanted = {"model": model, "warmup_epochs": 20, "warmup_prefix": True, "clip_grad": 5.0, "drop_path": drop_path}
     assert different == wanted | {"repeats": 1, "model_ema_decay": 0.0}
 
 

@@ -28,6 +28,7 @@ VERSION = 2
 LAST, BEST = LAST_CHECKPOINT, BEST_CHECKPOINT
 EARLIER = re.compile(r"earlier_checkpoint_([1-9]\d*)\.pth")  # 1 is the one before the last
 PARTS = ("identity", "model", "optimizer", "scheduler", "epoch", "best_acc1", "rng", "sums", "more", "within")
+"""What `Run._state` writes, `Run._restore` reads, and no checkpoint may lack."""
 
 
 class Damaged(UserError):
@@ -55,6 +56,8 @@ class Run:
     """Objects of the main process whose `state_dict` matters only within an epoch."""
     keep: int = 2
     """Number of last checkpoints that are kept, besides the best one."""
+    options: dict[str, object] = field(default_factory=dict)
+    """The run's options by name, which an evaluation of the checkpoint takes as its defaults."""
 
     def save(self, directory: Path, best: bool = False) -> None:
         """Write the last checkpoint, and the best one too if asked; all processes must call it."""
@@ -82,6 +85,7 @@ class Run:
             "format": FORMAT,
             "version": VERSION,
             "identity": self.identity,
+            "options": self.options,
             "model": model,
             "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
@@ -186,6 +190,20 @@ def _all_earlier(directory: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), p) for p in directory.glob("*.pth") if (match := EARLIER.fullmatch(p.name)))
 
 
+def options_of(path: Path) -> dict[str, object]:
+    """The options and settings of the run that left a checkpoint; {} if the file cannot be read, which `load` tells.
+
+    A checkpoint from before the options were stored has only its identity's settings, under their own keys.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return state.get("options") or state["identity"]
+    except Exception:  # whatever reading foreign bytes may raise
+        return {}
+
+
 def load_newest(paths: list[Path], identity: dict, implied: Mapping[str, object] | None = None) -> tuple[Path, dict]:
     """Load the first of `paths` that is intact. Prints a note if that is not the first one.
 
@@ -207,7 +225,7 @@ def load(path: Path, identity: dict, implied: Mapping[str, object] | None = None
     An older checkpoint's identity may lack a key; `implied` has the value that was the only one then.
     Raises UserError for a file that is missing, unreadable, not ours, or of a run whose `identity` differs.
     """
-    state = _read(path, whole=True)
+    state = _read(path)
     if _differ(FORMAT, state.get("format")) or _differ(VERSION, state.get("version")):
         raise Damaged(
             f"--resume needs a checkpoint of this program, version {VERSION}; {path} is not one. "
@@ -220,6 +238,10 @@ def load(path: Path, identity: dict, implied: Mapping[str, object] | None = None
     different = [name for name in identity if _differ(identity[name], theirs.get(name))]
     if different:
         name = different[0]
+        if name == "classes":
+            raise UserError(
+                f"--resume {path} was trained on other classes: {_first_difference(identity[name], theirs[name])}"
+            )
         raise UserError(
             f"--resume needs a checkpoint of the same {name}: this run has {_short(identity[name])}, "
             f"{path} has {_short(theirs.get(name))}; change the options or start anew with --finetune"
@@ -227,47 +249,22 @@ def load(path: Path, identity: dict, implied: Mapping[str, object] | None = None
     return state
 
 
-def load_weights(model: nn.Module, path: Path, option: str = "--finetune", new_head: bool = True) -> None:
-    """Start from the weights in `path`: ours, Facebook's DeiT checkpoints, or a bare state_dict.
-
-    With `new_head`, a head for another number of classes keeps its random values, with a note. Raises UserError, which
-    names `option`, if anything else does not fit.
-    """
-    state = _read(path)
-    weights = state.get("model", state)
-    if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
-    ):
-        raise UserError(f"{option} needs a file of weights, or one with them under 'model'; {path} is neither")
-    own = model.state_dict()
-    weights = {
-        name: value
-        for name, value in weights.items()
-        if not (new_head and name.startswith("head") and name in own and own[name].shape != value.shape)
-        and not (name.endswith((".weight_ema", ".ema_updates", ".input_step", ".weight_step")) and name not in own)
-    }
-    kept = {name for name in own if new_head and name.startswith("head") and name not in weights}
-    try:
-        missing = set(model.load_state_dict(weights, strict=False).missing_keys) - kept
-        unexpected = sorted(weights.keys() - own.keys())
-    except RuntimeError as error:  # a shape that differs
-        raise UserError(f"{option} {path} does not fit the model: {str(error).splitlines()[1].strip()}") from error
-    if missing or unexpected:
-        what = f"it lacks {sorted(missing)[0]}" if missing else f"it has {unexpected[0]}, which the model lacks"
-        raise UserError(f"{option} {path} does not fit the model: {what}; choose the model that it was made for")
-    if kept:
-        processes.say(f"note    {path} has no head for these classes; the model's begins at random")
+def _first_difference(ours: tuple[str, ...] | None, theirs: tuple[str, ...] | None) -> str:
+    """The first label whose class has another name."""
+    ours, theirs = (tuple(names or ()) for names in (ours, theirs))
+    label = next((i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), min(len(ours), len(theirs)))
+    now, then = (names[label] if label < len(names) else "none" for names in (ours, theirs))
+    return f"label {label} is {now} here and was {then}; give the data with the checkpoint's folders"
 
 
-def _read(path: Path, whole: bool = False) -> dict:
-    """With `whole`, every byte is compared with the file's checksums, which PyTorch writes but does not check."""
+def _read(path: Path) -> dict:
+    """The file's content. Every byte is compared with its checksums, which PyTorch writes but does not check."""
     if not path.is_file():
         raise UserError(f"a checkpoint must be a file, got {path}, which is not one")
     try:
-        if whole:
-            with zipfile.ZipFile(path) as archive:
-                if (name := archive.testzip()) is not None:
-                    raise zipfile.BadZipFile(name)
+        with zipfile.ZipFile(path) as archive:
+            if (name := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of foreign pickle protocols
             state = torch.load(path, map_location="cpu", weights_only=True)

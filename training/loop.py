@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,9 +114,9 @@ class Training:
     def run(self, log: RunLog) -> None:
         """Train the remaining epochs.
 
-        Raises Stopped after a signal, with a checkpoint written, and NonFiniteSteps if training diverges. If steps were
-        skipped, the last checkpoint holds the state before them. If only the last held-out loss is not finite, no
-        checkpoint is written.
+        Raises Stopped after a signal, and KeyboardInterrupt after ctrl-C, with a checkpoint written. Raises
+        NonFiniteSteps if training diverges. If steps were skipped, the last checkpoint holds the state before them. If
+        only the last held-out loss is not finite, no checkpoint is written.
         """
         processes.say(TABLE_HEAD)
         for epoch in range(self.progress.epoch, self.epochs):
@@ -229,6 +230,8 @@ class Training:
         received = self.interrupts.received
         name = "a signal to another process" if received is None else received.name
         done = f"{epoch} epochs and {steps} steps"
+        if received is signal.SIGINT:
+            raise KeyboardInterrupt(f"after {done}")
         raise Stopped(f"{name} after {done}; --resume auto --output-dir {self.directory} goes on from there")
 
 
@@ -237,7 +240,7 @@ def count_bad_images(loaders: Loaders, named: set[str], before: int = 0) -> int:
 
     `before` is added to this process's count.
     """
-    counted = [take_bad_images(loader) for loader in (loaders.train, loaders.val)]
+    counted = [take_bad_images(loader) for loader in (loaders.train, loaders.val) if loader is not None]
     total = before + sum(count for count, _ in counted)
     gathered = processes.gather((total, set().union(*(paths for _, paths in counted))))
     for path in sorted(set().union(*(paths for _, paths in gathered)) - named):

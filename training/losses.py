@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from data.base import Preprocessing
+
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(images [batch, 3, height, width], outputs, targets) -> loss, a scalar."""
 
@@ -32,6 +34,19 @@ def base_criterion(mixed: bool, smoothing: float) -> OutputLoss:
     if mixed:
         return OutputLoss(SoftTargetCrossEntropy())
     return OutputLoss(LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss())
+
+
+class Renormalization(nn.Module):
+    """Turns images that are normalized for one model into images normalized for another; fp32 [B, 3, height, width]."""
+
+    def __init__(self, ours: Preprocessing, theirs: Preprocessing) -> None:
+        super().__init__()
+        (our_mean, our_std), (mean, std) = ((torch.tensor(p.mean), torch.tensor(p.std)) for p in (ours, theirs))
+        self.register_buffer("scale", (our_std / std).view(3, 1, 1))
+        self.register_buffer("shift", ((our_mean - mean) / std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images * self.scale + self.shift
 
 
 class DistillationLoss(nn.Module):

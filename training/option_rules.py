@@ -117,11 +117,11 @@ PRECISION_RULES = (
 )
 DATA_RULES = (
     Rule(
-        lambda o: o.data.mixup + o.data.cutmix > 0 and o.training.batch_size % 2 > 0,
+        lambda o: not o.run.eval and o.data.mixup + o.data.cutmix > 0 and o.training.batch_size % 2 > 0,
         lambda o: f"Mixup and CutMix pair images, so --batch-size must be even, got {o.training.batch_size}",
     ),
     Rule(
-        lambda o: o.training.batch_size % o.training.accumulate_steps > 0,
+        lambda o: not o.run.eval and o.training.batch_size % o.training.accumulate_steps > 0,
         lambda o: (
             f"--accumulate-steps must divide --batch-size, got {o.training.accumulate_steps} for "
             f"{o.training.batch_size}; change one of them"
@@ -136,10 +136,26 @@ DATA_RULES = (
         lambda o: f"--data-path has no effect on --data-set {o.data.data_set}, which needs no files; drop it",
     ),
     Rule(
+        lambda o: o.data.exif_orientation and not DATA_SETS[o.data.data_set].one_file_per_image,
+        lambda o: (
+            f"--exif-orientation is about image files ({', '.join(_in_files())}), "
+            f"got --data-set {o.data.data_set}; drop it"
+        ),
+    ),
+    Rule(
         lambda o: o.data.bad_images == "skip" and not DATA_SETS[o.data.data_set].one_file_per_image,
         lambda o: (
             f"--bad-images skip is about image files ({', '.join(_in_files())}), "
             f"got --data-set {o.data.data_set}; drop it"
+        ),
+    ),
+)
+TRAINING_RULES = (
+    Rule(
+        lambda o: not o.run.eval and o.training.warmup_epochs >= o.training.epochs,
+        lambda o: (
+            f"--warmup-epochs must be less than --epochs {o.training.epochs}, got {o.training.warmup_epochs}: "
+            "--lr would never be reached; lower it"
         ),
     ),
 )
@@ -169,8 +185,16 @@ RUN_RULES = (
         lambda o: "--resume auto looks into --output-dir; give one",
     ),
     Rule(
-        lambda o: o.run.eval and o.run.resume is None and o.model.finetune is None,
-        lambda o: "--eval needs weights; give --resume or --finetune",
+        lambda o: o.run.eval and o.run.resume is None and o.model.finetune is None and not o.model.pretrained,
+        lambda o: "--eval needs weights; give --resume, --finetune or --pretrained",
+    ),
+    Rule(
+        lambda o: o.model.pretrained and (o.model.finetune is not None or o.run.eval and o.run.resume is not None),
+        lambda o: "--pretrained and a file are two sources of weights; give one of them",
+    ),
+    Rule(
+        lambda o: "weights" in o.given and o.model.finetune is None and not (o.run.eval and o.run.resume),
+        lambda o: f"--weights {o.model.weights} chooses from the file of --finetune or of --eval --resume; give one",
     ),
     Rule(
         lambda o: o.run.eval and o.precision.track_oscillation,
@@ -224,4 +248,4 @@ RUN_RULES = (
         ),
     ),
 )
-RULES = (*PRECISION_RULES, *DATA_RULES, *DISTILLATION_RULES, *RUN_RULES)
+RULES = (*PRECISION_RULES, *DATA_RULES, *TRAINING_RULES, *DISTILLATION_RULES, *RUN_RULES)

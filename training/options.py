@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
@@ -17,14 +18,16 @@ from pathlib import Path
 
 import torch
 
-from datasets import DATA_SETS, RAND_AUGMENT, SMALL_DATA, BadImages
+from datasets import DATA_SETS, RAND_AUGMENT, SMALL_DATA, BadImages, Preprocessing
 from quantization import OSCILLATION_THRESHOLD, QUANTIZERS, RECIPES, Element, Matmul, Reduction, Rounding, Scaling
 from quantization.recipe import PAPER_BETA
 from quantization.remedies.freeze import FIRST_THRESHOLD, MOMENTUM
 from quantization.remedies.osci_reset import INTERVAL, START
 from runtime.errors import UserError
 from tracking.oscillation_csv import FILE_NAME
+from training import checkpoint
 from training.option_rules import RULES, downloadable
+from training.weights import Weights
 
 EXIT_CODES = """exit codes: 0 done, 1 diverged, 2 something in the command must change, 130 interrupted,
 75 stopped by SIGTERM or SIGUSR1 with a checkpoint: start again with --resume auto. A second signal ends at once"""
@@ -32,7 +35,14 @@ EXIT_CODES = """exit codes: 0 done, 1 diverged, 2 something in the command must 
 # Swin: Liu et al. 2021, appendix A2.1, and the official config.py, whose learning rates 5e-4, 5e-6 and 5e-7 all scale
 # with the batch over 512: at the paper's 1,024 images they are 1e-3, 1e-5 and 1e-6, which are DeiT's.
 MODEL_RECIPES = {
-    "swin_": {"warmup_epochs": 20, "clip_grad": 5.0, "drop_path": 0.2, "repeats": 1, "model_ema_decay": 0.0},
+    "swin_": {
+        "warmup_epochs": 20,
+        "warmup_prefix": True,
+        "clip_grad": 5.0,
+        "drop_path": 0.2,
+        "repeats": 1,
+        "model_ema_decay": 0.0,
+    },
     "swin_small_": {"drop_path": 0.3},
     "swin_base_": {"drop_path": 0.5},
 }
@@ -91,9 +101,9 @@ def option(
     return field(default=default, metadata={"help": text, "type": kind, "needs": needs, **argparse_options})
 
 
-def by_recipe(default: object, text: str, kind: Callable[[str], object]) -> Field:
+def by_recipe(default: object, text: str, kind: Callable[[str], object] | None, **argparse_options) -> Field:
     """An option whose default depends on the data set and on the model; `default` is that of DeiT on ImageNet."""
-    return field(default=default, metadata={"help": text, "type": kind, "by_recipe": True})
+    return field(default=default, metadata={"help": text, "type": kind, "by_recipe": True, **argparse_options})
 
 
 def choice(
@@ -202,13 +212,21 @@ class Model:
     """The model and the weights that it starts from."""
 
     title = "model"
-    free_on_resume = ("model", "finetune")  # the identity has the model under its own key
+    free_on_resume = ("model", "finetune", "pretrained", "weights")  # the identity has the model under its own key
 
     model: str = by_recipe(
         "deit_small_patch16_224", "any Vision Transformer of timm; any timm model with --quant none", str
     )
     drop_path: float = by_recipe(0.1, "rate of stochastic depth", decay)
-    finetune: Path | None = option(None, "start from these weights (DeiT's or ours)", Path, metavar="PATH")
+    finetune: Path | None = option(
+        None, "start from these weights: ours, DeiT's, timm's, Swin's, Lightning's", Path, metavar="PATH"
+    )
+    pretrained: bool = switch("start from timm's weights of the model, which are fetched")
+    weights: str = choice(
+        Weights.MODEL.value,
+        "what --eval and --finetune take from a file: the model, or the moving average of its weights (default: model)",
+        [w.value for w in Weights],
+    )
 
 
 @dataclass(frozen=True)
@@ -216,9 +234,9 @@ class Data:
     """The data set, how its images are augmented, and how they are loaded."""
 
     title = "data"
-    # The identity has the number of classes, the input size, and a fingerprint of the files. `bad_images` may change
-    # because a first part that did not stop is the same either way.
-    free_on_resume = ("data_path", "download", "bad_images", "num_classes", "input_size", "num_workers")
+    # The identity has the number of classes, the input size, mean and std as used, and a fingerprint of the files.
+    # `bad_images` may change because a first part that did not stop is the same either way.
+    free_on_resume = ("data_path", "download", "bad_images", "num_classes", "input_size", "mean", "std", "num_workers")
 
     data_set: str = choice("DIGITS", lambda: _data_sets_in_words(), lambda: list(DATA_SETS))
     data_path: str | None = option(None, "directory of the data set", metavar="DIR")
@@ -230,6 +248,14 @@ class Data:
     )
     num_classes: int | None = option(None, "refuse data with another number of classes", whole(1))
     input_size: int | None = by_recipe(None, "pixels per side of an image", whole(1))
+    mean: list[float] | None = option(
+        None, "of the channels, in [0, 1] (default: image folders: the model's own; else ImageNet's)", share,
+        nargs=3, metavar=("R", "G", "B"),
+    )  # fmt: skip
+    std: list[float] | None = option(
+        None, "the same for the standard deviation", real(1e-6), nargs=3, metavar=("R", "G", "B")
+    )
+    exif_orientation: bool = switch("turn image files as their EXIF orientation says")
     num_workers: int = by_recipe(8, "loader processes for each training process", whole(0, 512))
     repeats: int = by_recipe(3, "augmented copies of an image per epoch; 1 for none", whole(1, 100))
     aa: str = by_recipe(RAND_AUGMENT, "timm's automatic augmentation, or none", str)
@@ -255,7 +281,10 @@ class Training:
     lr: float = by_recipe(5e-4, "learning rate at a global batch of 512; scaled linearly", real(0))
     min_lr: float = by_recipe(1e-5, "learning rate at the end of the cosine", real(0))
     warmup_lr: float = by_recipe(1e-6, "learning rate at the start of the warm-up", real(0))
-    warmup_epochs: int = by_recipe(5, "length of the warm-up", whole(0))
+    warmup_epochs: int = by_recipe(5, "length of the warm-up, less than --epochs", whole(0))
+    warmup_prefix: bool = by_recipe(
+        False, "the cosine begins after the warm-up, as Swin's does", None, action=argparse.BooleanOptionalAction
+    )
     weight_decay: float = by_recipe(0.05, "not on biases, norms, tokens and position embeddings", real(0))
     clip_grad: float = by_recipe(0.0, "largest norm of all gradients together; 0 for any", real(0))
     smoothing: float = by_recipe(0.1, "label smoothing", decay)
@@ -320,6 +349,8 @@ FIELDS: dict[str, Field] = {f.name: f for group in GROUPS.values() for f in fiel
 """Every option by name."""
 SAME_ON_RESUME = tuple(f.name for group in GROUPS.values() for f in fields(group) if f.name not in group.free_on_resume)
 """The options whose values a checkpoint's identity records, because a resumed run must train as its first part did."""
+RECIPE_OPTIONS = tuple(f.name for f in fields(LowPrecision) if f.name not in ("matmul", "track_oscillation"))
+"""The options that make up the recipe and the remedies: to give one is to choose them all anew."""
 
 
 @dataclass(frozen=True)
@@ -339,6 +370,13 @@ class Options:
     def flat(self) -> dict[str, object]:
         """Every option's value by its name."""
         return {name: getattr(getattr(self, group), name) for group in GROUPS for name in names_of(GROUPS[group])}
+
+    def to_store(self) -> dict[str, object]:
+        """What a checkpoint keeps of the options: those that `--eval` takes as its defaults, as plain values."""
+        left_out = {*names_of(Run), "finetune", "pretrained", "weights", "teacher_path", "num_workers"}
+        left_out |= {"matmul", "track_oscillation"}  # speed and measurements
+        values = {name: value for name, value in self.flat().items() if name not in left_out}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def names_of(group: type) -> list[str]:
@@ -400,7 +438,7 @@ def parse_args(argv: list[str] | None = None) -> Options:
     _refuse_empty_values(argv)
     found = vars(build_parser().parse_args(argv))
     given = {name: value for name, value in found.items() if value is not None}
-    values = _filled_in(given)
+    values = _filled_in(given, _of_checkpoint(given) if given.get("eval") else {})
     groups = {name: group(**{n: values[n] for n in names_of(group)}) for name, group in GROUPS.items()}
     options = Options(**groups, given=frozenset(given), num_processes=int(os.environ.get("WORLD_SIZE", "1")))
     for rule in RULES:
@@ -415,16 +453,47 @@ def _refuse_empty_values(argv: list[str]) -> None:
             raise UserError(f"{name.rstrip('=')} needs a value, got an empty one; is a variable of the shell not set?")
 
 
-def _filled_in(given: dict[str, object]) -> dict[str, object]:
-    """Every option's value: the user's, else the data set's, the model's or the field's default.
+def _of_checkpoint(given: dict[str, object]) -> dict[str, object]:
+    """The options of the run whose checkpoint --eval --resume evaluates; {} if there is none to be read."""
+    resume, directory = given.get("resume"), given.get("output_dir")
+    paths = checkpoint.find_all(directory) if resume == "auto" and directory else [Path(resume)] if resume else []
+    stored = checkpoint.options_of(paths[0]) if paths and paths[0].is_file() else {}
+    if "recipe" in stored:  # an identity, which has the settings under its own keys
+        stored = {name: stored[flag(name)] for name in SAME_ON_RESUME if flag(name) in stored} | _of_identity(stored)
+    if given.keys() & set(RECIPE_OPTIONS):
+        stored = {name: value for name, value in stored.items() if name not in RECIPE_OPTIONS}
+    if "data_set" in given:
+        stored.pop("data_path", None)
+    return {name: value for name, value in stored.items() if name in FIELDS}
+
+
+def _of_identity(identity: dict[str, object]) -> dict[str, object]:
+    """The model, its input size and, if it has a name, its recipe."""
+    found = {"model": identity["model"], "input_size": identity["input size"]}
+    found |= {name: list(identity.get(name, getattr(Preprocessing(), name))) for name in ("mean", "std")}
+    named = re.fullmatch(r"(\w+)(?:, q_ema_beta=(\S+))?", str(identity["recipe"]))
+    if str(identity["recipe"]).startswith("int4"):
+        return found | {"quant": "int4"}
+    if named is None or named[1] not in RECIPES:
+        return found
+    return (
+        found
+        | {"quant": named[1], "q_ema": named[2] is not None}
+        | ({"q_ema_beta": float(named[2])} if named[2] else {})
+    )
+
+
+def _filled_in(given: dict[str, object], stored: dict[str, object]) -> dict[str, object]:
+    """Every option's value: the user's, else that in `stored`, else the data set's, the model's or the field's default.
 
     Raises UserError for an option without the one that it needs.
     """
-    of_data_set = DATA_SETS[given.get("data_set", FIELDS["data_set"].default)].options
-    own = recipe_of(given.get("model") or of_data_set.get("model", FIELDS["model"].default)) | of_data_set
-    if "model" in given:
+    chosen = stored | given
+    of_data_set = DATA_SETS[chosen.get("data_set", FIELDS["data_set"].default)].options
+    own = recipe_of(chosen.get("model") or of_data_set.get("model", FIELDS["model"].default)) | of_data_set
+    if "model" in chosen:
         own["input_size"] = None  # the data set's size goes with the data set's model
-    values = {name: f.default for name, f in FIELDS.items()} | own | given
+    values = {name: f.default for name, f in FIELDS.items()} | own | chosen
     for name, f in FIELDS.items():
         needs = f.metadata.get("needs")
         if needs is not None and not _is_on(values[needs]):
@@ -432,6 +501,8 @@ def _filled_in(given: dict[str, object]) -> dict[str, object]:
                 raise UserError(f"{flag(name)} {values[name]} has no effect without {flag(needs)}; add it")
             if "None" in f.type:
                 values[name] = None
+    if "warmup_epochs" not in chosen:
+        values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] - 1)
     if values["device"] == "auto":
         values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return values

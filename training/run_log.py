@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 from datetime import datetime
 from pathlib import Path
 
@@ -17,6 +18,19 @@ from runtime.files import replacing
 from tracking import oscillation_csv
 from tracking.oscillation_csv import Measure, Row
 from training.run_files import DLLOGGER, LOG, TENSORBOARD
+
+
+def json_line(value: dict[str, object]) -> str:
+    """JSON, which has no NaN and no infinity: they become null."""
+
+    def finite(part: object) -> object:
+        if isinstance(part, dict):
+            return {name: finite(inner) for name, inner in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [finite(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), allow_nan=False)
 
 
 class RunLog:
@@ -40,7 +54,7 @@ class RunLog:
         if not self._active:
             return
         with open(self.directory / LOG, "a", encoding="utf-8") as file:
-            file.write(json.dumps(numbers) + "\n")
+            file.write(json_line(numbers) + "\n")
         epoch = numbers["epoch"]
         for name, value in numbers.items():
             if name != "epoch":
@@ -151,6 +165,6 @@ def _dllogger(path: Path):
             "data": data,
         }
         with open(path, "a", encoding="utf-8") as file:
-            file.write(f"DLLL {json.dumps(line)}\n")
+            file.write(f"DLLL {json_line(line)}\n")
 
     return log

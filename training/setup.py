@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import random
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,7 +18,17 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import timm
-from datasets import CALIBRATION_ORDER, BadImages, DataConfig, Loaders, build_loaders, fingerprint, set_epoch
+from datasets import (
+    CALIBRATION_ORDER,
+    DATA_SETS,
+    BadImages,
+    DataConfig,
+    Loaders,
+    Preprocessing,
+    build_loaders,
+    fingerprint,
+    set_epoch,
+)
 from engine import EpochSums, TrainStep, autocast, evaluate
 from quantization import (
     BACKWARD,
@@ -39,7 +49,7 @@ from quantization import (
     set_matmul,
 )
 from runtime import processes, sharding
-from runtime.errors import UserError
+from runtime.errors import NonFiniteSteps, UserError
 from runtime.files import exclusive
 from runtime.interrupts import Interrupts
 from runtime.nonfinite import running_statistics
@@ -49,21 +59,30 @@ from tracking import oscillation_csv
 from tracking.tracker import OscillationTracker
 from training import checkpoint
 from training.loop import QRamping, Training, count_bad_images
-from training.losses import Criterion, DistillationLoss, base_criterion
-from training.models import build_model, check_coverage, checkpoint_activations, model_input_size, share_weights
+from training.losses import Criterion, DistillationLoss, Renormalization, base_criterion
+from training.models import (
+    build_model,
+    check_coverage,
+    checkpoint_activations,
+    model_input_size,
+    preprocessing_of,
+    share_weights,
+)
 from training.options import FIELDS, SAME_ON_RESUME, LowPrecision, Options, flag
-from training.run_log import RunLog
+from training.run_log import RunLog, json_line
+from training.weights import Weights, fit_weights, load_weights, read_weights
 
-OPTIMIZER, DATA = "optimizer", "data"
+OPTIMIZER, DATA, CLASSES = "optimizer", "data", "classes"
 """Keys of the identity that are no options."""
 
 
-def implied_identity() -> dict[str, object]:
-    """The values to assume for options that did not exist when an older checkpoint was written.
+def implied_identity(classes: tuple[str, ...] | None = None) -> dict[str, object]:
+    """The values to assume for what did not exist when an older checkpoint was written.
 
-    They are the defaults; an option that `needs` another one, which is off then, is None if its type allows None.
+    They are the defaults; an option that `needs` another one, which is off then, is None if its type allows None. All
+    images were normalized by ImageNet's numbers. Names of classes were not stored, so they are taken to be these.
     """
-    implied = {OPTIMIZER: "AdamW"}
+    implied = {OPTIMIZER: "AdamW", CLASSES: classes, "mean": Preprocessing().mean, "std": Preprocessing().std}
     for name in SAME_ON_RESUME:
         f = FIELDS[name]
         implied[flag(name)] = None if f.metadata.get("needs") and "None" in f.type else f.default
@@ -105,6 +124,14 @@ def build_recipe(precision: LowPrecision) -> Recipe | Int4Recipe:
     return recipe.with_q_ema(precision.q_ema_beta) if precision.q_ema else recipe
 
 
+def preprocessing(options: Options) -> Preprocessing:
+    """The model's own for image folders, the default for other data sets, with the mean and std of the user."""
+    in_files = DATA_SETS[options.data.data_set].one_file_per_image
+    own = preprocessing_of(options.model.model) if in_files else Preprocessing()
+    given = {name: tuple(value) for name in ("mean", "std") if (value := getattr(options.data, name)) is not None}
+    return replace(own, **given)
+
+
 def data_config(options: Options, input_size: int) -> DataConfig:
     data = options.data
     return DataConfig(
@@ -121,6 +148,9 @@ def data_config(options: Options, input_size: int) -> DataConfig:
         reprob=data.reprob,
         bad_images=BadImages(data.bad_images),
         keep_last_batch=data.keep_last_batch,
+        preprocessing=preprocessing(options),
+        exif_orientation=data.exif_orientation,
+        held_out_only=options.run.eval,
     )
 
 
@@ -144,9 +174,11 @@ def prepare(options: Options, device: torch.device) -> Setup:
         )
     seed_generators(options.training.seed)
     name = options.model.model
-    model = build_model(name, loaders.num_classes, input_size, options.model.drop_path, recipe)
+    fetched = options.model.pretrained and not find_resume(options)
+    model = build_model(name, loaders.num_classes, input_size, options.model.drop_path, recipe, pretrained=fetched)
     if options.model.finetune:
-        checkpoint.load_weights(model, options.model.finetune, new_head=not options.run.eval)
+        which = Weights(options.model.weights)
+        load_weights(model, options.model.finetune, new_head=not options.run.eval, which=which)
     if not options.run.fsdp:  # which takes the model to the device block by block
         model.to(device)
     set_matmul(model, options.precision.matmul)
@@ -160,6 +192,9 @@ def prepare(options: Options, device: torch.device) -> Setup:
         "number of classes": loaders.num_classes,
         "input size": input_size,
         "recipe": recipe.describe(),
+        "mean": data.preprocessing.mean,
+        "std": data.preprocessing.std,
+        CLASSES: loaders.classes,
     }
     return Setup(options, device, data, loaders, model, identity, covered)
 
@@ -180,14 +215,18 @@ def build_optimizer(options: Options, model: nn.Module, device: torch.device) ->
 
 
 def build_scheduler(options: Options, optimizer: torch.optim.Optimizer) -> CosineLRScheduler:
-    """One learning rate per epoch: a linear warm-up, then a cosine."""
+    """One learning rate per epoch: a linear warm-up, then a cosine.
+
+    DeiT's cosine is as long as the run, and the warm-up replaces its beginning; Swin's begins after the warm-up.
+    """
     training = options.training
     return CosineLRScheduler(
         optimizer,
-        training.epochs,
+        training.epochs - training.warmup_epochs if training.warmup_prefix else training.epochs,
         training.min_lr,
         warmup_t=training.warmup_epochs,
         warmup_lr_init=training.warmup_lr,
+        warmup_prefix=training.warmup_prefix,
     )
 
 
@@ -212,7 +251,10 @@ def build_criterion(setup: Setup) -> Criterion:
     setup.model.set_distilled_training(True)
     num_classes, size = setup.loaders.num_classes, setup.data.input_size
     teacher = build_model(distillation.teacher_model, num_classes, size, 0.0, RECIPES["none"], "--teacher-model")
-    checkpoint.load_weights(teacher, distillation.teacher_path, "--teacher-path", new_head=False)
+    load_weights(teacher, distillation.teacher_path, "--teacher-path", new_head=False)
+    theirs = teachers_preprocessing(options)
+    if (theirs.mean, theirs.std) != (setup.data.preprocessing.mean, setup.data.preprocessing.std):
+        teacher = nn.Sequential(Renormalization(setup.data.preprocessing, theirs), teacher)
     return DistillationLoss(
         base,
         teacher.to(setup.device),
@@ -220,6 +262,19 @@ def build_criterion(setup: Setup) -> Criterion:
         distillation.distillation_alpha,
         distillation.distillation_tau,
     )
+
+
+def teachers_preprocessing(options: Options) -> Preprocessing:
+    """How the teacher's images were normalized: as its checkpoint says, if it is ours, else as its configuration does.
+
+    Our older checkpoints do not say, because all images were normalized by ImageNet's numbers.
+    """
+    distillation, default = options.distillation, Preprocessing()
+    identity = read_weights(distillation.teacher_path).get("identity")
+    if isinstance(identity, dict):
+        return Preprocessing(identity.get("mean", default.mean), identity.get("std", default.std))
+    in_files = DATA_SETS[options.data.data_set].one_file_per_image
+    return preprocessing_of(distillation.teacher_model, "--teacher-model") if in_files else default
 
 
 def build_remedy(precision: LowPrecision, model: nn.Module, total_steps: int) -> Dampen | Freeze | OsciReset | None:
@@ -265,20 +320,30 @@ def run_identity(setup: Setup) -> dict[str, object]:
     return processes.from_main(identity)
 
 
+def evaluated_identity(setup: Setup) -> dict[str, object]:
+    """The settings that a checkpoint must share with this evaluation: all but how the user wants the images."""
+    of_images = {"input size": "input_size", "mean": "mean", "std": "std"}
+    chosen = {key for key, option in of_images.items() if option in setup.options.given}
+    return {key: value for key, value in setup.identity.items() if key not in chosen}
+
+
 def evaluate_only(setup: Setup) -> None:
     """Print the held-out numbers as one JSON object; write nothing."""
     options, model = setup.options, setup.model
     resume = find_resume(options)
     if resume:
-        model.load_state_dict(checkpoint.load_newest(resume, setup.identity)[1]["model"])
-    elif not options.model.finetune:
+        path, state = checkpoint.load_newest(resume, evaluated_identity(setup), implied_identity(setup.loaders.classes))
+        fit_weights(model, state, path, "--resume", new_head=False, which=Weights(options.model.weights))
+    elif options.run.resume:
         raise UserError(f"--eval --resume auto needs {options.run.output_dir / checkpoint.LAST}, which is missing")
     if options.run.fsdp:
         share_weights(model, setup.device)
         sharding.shard(model, setup.device)
     tested = evaluate(model, setup.loaders.val, setup.device)
     count_bad_images(setup.loaders, set())
-    say(json.dumps({f"test_{name}": value for name, value in tested.items()}))
+    say(json_line({f"test_{name}": value for name, value in tested.items()}))
+    if not math.isfinite(tested["loss"]):
+        raise NonFiniteSteps(f"the held-out loss is {tested['loss']}; the weights hold or give non-finite numbers")
 
 
 def train(setup: Setup) -> None:
@@ -287,7 +352,9 @@ def train(setup: Setup) -> None:
     present = checkpoint.stamps(directory)
     resume = find_resume(options)
     identity = run_identity(setup)
-    resumed, state = checkpoint.load_newest(resume, identity, implied_identity()) if resume else (None, None)
+    resumed, state = (
+        checkpoint.load_newest(resume, identity, implied_identity(setup.loaders.classes)) if resume else (None, None)
+    )
     training = build_training(setup, identity, directory, from_start=state is None)
     progress = training.progress
     if state is not None:
@@ -320,7 +387,8 @@ def run_to_the_end(training: Training, log: RunLog, directory: Path) -> None:
     except KeyboardInterrupt as error:
         saved = (directory / checkpoint.LAST).is_file()
         onward = f"--resume auto --output-dir {directory} goes on from the last checkpoint"
-        raise KeyboardInterrupt(onward if saved else f"{directory} has no checkpoint yet") from error
+        told = onward if saved else f"{directory} has no checkpoint yet"
+        raise KeyboardInterrupt(f"{error}; {told}" if str(error) else told) from error
 
 
 def log_parameters(options: Options) -> dict[str, object]:
@@ -371,6 +439,7 @@ def build_training(setup: Setup, identity: dict, directory: Path, from_start: bo
         more={"skips": step.skips} | ({} if remedy is None else {"oscillation": remedy}),
         within={} if tracker is None else {"laboratory": tracker},  # the key of checkpoints that exist
         keep=options.run.keep_checkpoints,
+        options=options.to_store(),
     )
     return Training(
         progress,

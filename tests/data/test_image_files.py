@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms import ToTensor
 
 import engine
-from data.image_files import LEFT_OUT, BadImage, ImageFiles, ImageFilesLoader
-from datasets import BadImages, DataConfig, build_loaders, set_epoch, take_bad_images
+import timm
+from data.image_files import LEFT_OUT, BadImage, ImageFiles, ImageFilesLoader, read_image
+from datasets import BadImages, DataConfig, Preprocessing, build_loaders, set_epoch, take_bad_images
 from engine import evaluate
 from main import main
+from runtime import processes
 from runtime.errors import UserError
 from training import setup
+from training.options import parse_args
+from training.setup import preprocessing
 
 CONFIG = DataConfig("FOLDER", None, False, 8, 3, 0, 1, 0, "none", 0.0, 0.0, BadImages.SKIP)
 
@@ -171,8 +179,8 @@ def test_steps_that_will_be_repeated_do_not_count(folder, monkeypatch):
     spoil(folder, "train/dark/1.png", "train/light/0.png", "train/light/2.png")
     build = setup.build_model
 
-    def build_poisoned(*arguments):
-        model = build(*arguments)
+    def build_poisoned(*arguments, **options):
+        model = build(*arguments, **options)
         model.head.register_forward_hook(lambda layer, _, output: output * float("inf") if layer.training else None)
         return model
 
@@ -209,3 +217,187 @@ def test_a_link_to_nothing_is_a_bad_image(folder, capsys):
     assert re.search(r"error: \S+dark/9.png is not a readable image", capsys.readouterr().err)
     assert main([*options, "--output-dir", "other", "--bad-images", "skip"]) == 0
     assert "dark/9.png is not a readable image and was left out" in capsys.readouterr().out
+
+
+WHITE = {
+    "L": np.full((4, 4), 255, np.uint8),
+    "RGB": np.full((4, 4, 3), 255, np.uint8),
+    "16-bit PNG": np.full((4, 4), 65535, np.uint16),
+    "16-bit TIFF": np.full((4, 4), 65535, np.uint16),
+    "16-bit PGM": np.full((4, 4), 65535, np.uint16),
+}
+SUFFIXES = {"16-bit TIFF": "tiff", "16-bit PGM": "pgm"}
+
+
+@pytest.mark.parametrize("kind", WHITE)
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_brightness_does_not_depend_on_the_depth(kind, share, tmp_path):
+    pixels = (WHITE[kind] * share).astype(WHITE[kind].dtype)
+    path = tmp_path / f"image.{SUFFIXES.get(kind, 'png')}"
+    if kind == "16-bit PGM":
+        path.write_bytes(b"P5 4 4 65535\n" + pixels.astype(">u2").tobytes())
+    else:
+        Image.fromarray(pixels).save(path)
+    image = read_image(str(path))
+    assert image.mode == "RGB" and abs(np.asarray(image).astype(float) / 255 - share).max() < 1 / 255
+
+
+@pytest.mark.parametrize(("dtype", "what"), [(np.int32, "32-bit integers"), (np.float32, "floating-point numbers")])
+def test_an_unknown_white_is_refused_by_name(dtype, what, folder):
+    Image.fromarray(np.ones((4, 4), dtype)).save(folder / "val" / "dark" / "1.tiff")
+    files = ImageFiles(folder / "val", ToTensor(), BadImages.STOP, training=False)
+    with pytest.raises(UserError, match=rf"dark.1.tiff is not a readable image \(its pixels are {what}, whose white"):
+        files[2]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_image_stands_upright_if_the_option_asks_for_it(orientation, tmp_path):
+    """EXIF says where the picture's first row and column are stored; the test stores the picture so by hand."""
+    upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: upright.T[::-1],
+        7: upright.T[::-1, ::-1],
+        8: upright.T[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "image.png", exif=exif)
+    assert np.array_equal(np.asarray(read_image(str(tmp_path / "image.png"), upright=True))[..., 0], upright)
+    assert np.array_equal(np.asarray(read_image(str(tmp_path / "image.png")))[..., 0], stored)
+
+
+def test_hidden_folders_and_files_are_passed_over_others_are_told(folder, capsys):
+    """A link that leads back, and a link to another folder, which counts."""
+    for half in ("train", "val"):
+        (folder / half / ".ipynb_checkpoints").mkdir()
+        (folder / half / ".ipynb_checkpoints" / "0.png").write_bytes(b"")
+        (folder / half / "dark" / "._0.png").write_bytes(b"")
+        (folder / half / "dark" / "notes.txt").write_text("no image")
+        (folder / half / "dark" / "back").symlink_to(folder / half / "dark")
+        (folder / half / "light" / "more").symlink_to(folder / half / "dark" / "sub")
+        (folder / half / "dark" / "sub").mkdir()
+        (folder / half / "dark" / "sub" / "3.PNG").write_bytes((folder / half / "dark" / "0.png").read_bytes())
+    loaders = build_loaders(replace(CONFIG, path=str(folder)))
+    found = [Path(path).relative_to(folder / "train") for path, _ in loaders.train.dataset.dataset.samples]
+    wanted = ["dark/0.png", "dark/1.png", "dark/2.png", "dark/sub/3.PNG"]
+    wanted += ["light/0.png", "light/1.png", "light/2.png", "light/more/3.PNG"]
+    assert [str(path) for path in found] == wanted and loaders.classes == ("dark", "light")
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in told] == [["note", "2", "files", "or"]] * 2 and str(folder) in told[0]
+
+
+def test_a_name_that_is_not_utf8_is_printed_with_an_escape(folder, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdout", stream)
+    processes.say("note    caf\udce9.jpg")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"note    caf\\udce9.jpg\n"
+
+
+RUN = [
+    "--data-set",
+    "FOLDER",
+    "--input-size",
+    "8",
+    "--num-workers",
+    "0",
+    "--repeats",
+    "1",
+    "--device",
+    "cpu",
+    "--aa",
+    "none",
+]
+RUN += ["--mixup", "0", "--cutmix", "0", "--batch-size", "2", "--epochs", "1", "--model-ema-decay", "0.5"]
+MICRO = ["--model", "deit_micro_patch4_32"]
+
+
+def numbers(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_an_evaluation_takes_its_options_from_the_checkpoint(folder, capsys):
+    """It needs no training images, no batch that fits and no option but the file and the directory."""
+    run = [*RUN, *MICRO, "--quant", "mxfp4", "--q-ema", "--mean", "0.1", "0.2", "0.3", "--data-path", str(folder)]
+    assert main([*run, "--output-dir", "out"]) == 0
+    capsys.readouterr()
+    logged = json.loads(Path("out/log.txt").read_text())
+    shutil.rmtree(folder / "train")
+    evaluation = ["--eval", "--resume", "out/checkpoint.pth", "--device", "cpu"]
+    assert main(evaluation) == 0
+    assert numbers(capsys)["test_loss"] == logged["test_loss"]
+    assert main([*evaluation, "--weights", "ema", "--batch-size", "5", "--data-path", str(folder)]) == 0
+    assert numbers(capsys)["test_loss"] == pytest.approx(logged["ema_loss"], rel=1e-5)
+    assert main([*evaluation, "--mean", "0.5", "0.5", "0.5", "--exif-orientation"]) == 0
+    assert numbers(capsys)["test_loss"] != logged["test_loss"]
+
+
+def test_an_older_checkpoints_options_come_from_its_identity(folder, capsys):
+    """It has no options and no names of classes; its images were normalized by ImageNet's numbers."""
+    run = [*RUN, "--model", "vit_tiny_patch16_224", "--input-size", "16", "--data-path", str(folder)]
+    run += ["--mean", *map(str, IMAGENET_DEFAULT_MEAN), "--std", *map(str, IMAGENET_DEFAULT_STD)]
+    assert main([*run, "--quant", "microscaling", "--output-dir", "out"]) == 0
+    capsys.readouterr()
+    logged, state = json.loads(Path("out/log.txt").read_text()), torch.load("out/checkpoint.pth", weights_only=True)
+    assert state["identity"]["mean"] == IMAGENET_DEFAULT_MEAN and state["identity"]["classes"] == ("dark", "light")
+    del state["options"]
+    for key in ("mean", "std", "classes", "--exif-orientation", "--warmup-prefix"):
+        del state["identity"][key]
+    torch.save(state, "old.pth")
+    assert main(["--eval", "--resume", "old.pth", "--data-path", str(folder), "--device", "cpu"]) == 0
+    assert numbers(capsys)["test_loss"] == logged["test_loss"]
+
+
+def test_classes_with_other_names_are_refused_by_the_first_difference(folder, capsys):
+    run = [*RUN, *MICRO, "--data-path", str(folder), "--output-dir", "out"]
+    assert main(run) == 0
+    for half in ("train", "val"):
+        (folder / half / "light").rename(folder / half / "bright")
+    for more in (["--eval", "--resume", "out/checkpoint.pth"], ["--resume", "auto"]):
+        assert main([*run, *more]) == 2
+        assert "trained on other classes: label 0 is bright here and was dark; give" in capsys.readouterr().err
+
+
+def test_non_finite_weights_end_an_evaluation_with_null_and_exit_code_1(folder, capsys):
+    model = timm.create_model("deit_micro_patch4_32", img_size=8, num_classes=2)
+    torch.nn.init.constant_(model.head.bias, torch.nan)
+    torch.save(model.state_dict(), "nan.pth")
+    assert main([*RUN, *MICRO, "--eval", "--finetune", "nan.pth", "--data-path", str(folder)]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1])["test_loss"] is None
+    assert "main.py: diverged: the held-out loss is nan" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("model", "mean", "crop"),
+    [
+        ("vit_tiny_patch16_224", 0.5, 0.9),
+        ("deit_tiny_patch16_224", 0.485, 0.875),
+        ("deit_micro_patch4_32", 0.485, 0.875),
+        ("swin_tiny_patch4_window7_224.ms_in1k", 0.485, 0.9),
+        ("resnet18", 0.485, 0.95),
+    ],
+)
+def test_image_folders_are_prepared_as_the_models_configuration_says(model, mean, crop, folder):
+    options = parse_args(["--data-set", "FOLDER", "--data-path", str(folder), "--model", model])
+    found = preprocessing(options)
+    assert (found.mean[0], found.crop, found.interpolation) == (mean, crop, "bicubic")
+    options = parse_args(["--data-set", "FASHION", "--data-path", "x", "--model", model, "--std", "0.5", "0.25", "1"])
+    assert preprocessing(options) == Preprocessing(std=(0.5, 0.25, 1.0))
+
+
+def test_a_held_out_image_is_resized_cropped_and_normalized_so(folder, tmp_path):
+    """At 224 px and a crop of 0.9 the shorter side becomes 248, timm's whole number."""
+    how = Preprocessing((0.5, 0.5, 0.5), (0.25, 0.5, 1.0), "bilinear", 0.9)
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "val" / "dark" / "0.png")
+    loaders = build_loaders(replace(CONFIG, path=str(folder), input_size=224, preprocessing=how))
+    resized = np.asarray(Image.fromarray(pixels).resize((248, 248), Image.Resampling.BILINEAR))[12:236, 12:236]
+    wanted = (resized / 255 - 0.5) / np.array([0.25, 0.5, 1.0])
+    image = next(iter(loaders.val))[0][0]
+    assert torch.allclose(image, torch.from_numpy(wanted).permute(2, 0, 1).float(), atol=1e-6)

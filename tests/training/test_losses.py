@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.losses import DistillationLoss, base_criterion
+from data.base import Preprocessing
+from training.losses import DistillationLoss, Renormalization, base_criterion
 
 
 def test_base_criterion_by_target():
@@ -36,3 +37,14 @@ def test_distillation(kind):
     assert torch.allclose(got, 0.7 * F.cross_entropy(logits, labels) + 0.3 * expected)
     got.backward()
     assert teacher.weight.grad is None and logits.grad is not None and distilled.grad is not None
+
+
+def test_a_teachers_copy_of_the_batch_is_normalized_anew():
+    pixels = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+
+    def normalized(mean: tuple, std: tuple) -> torch.Tensor:
+        return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+    ours, theirs = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5, 0.4, 0.3), (0.5, 0.25, 1.0))
+    renormalize = Renormalization(Preprocessing(*ours), Preprocessing(*theirs)).double()
+    assert torch.allclose(renormalize(normalized(*ours)), normalized(*theirs), atol=1e-6)

@@ -284,6 +284,17 @@ class TestSignals:
         assert main(command) == 0
         assert_same_run(whole)
 
+    def test_ctrl_c_writes_a_checkpoint_too_and_its_exit_code_stays_130(self, command, whole, capsys):
+        with pytest.MonkeyPatch.context() as patch:
+            before_step(4, lambda: signal.raise_signal(signal.SIGINT), patch)
+            assert main(command) == 130
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.endswith(
+            "interrupted; after 0 epochs and 4 steps; --resume auto --output-dir parts goes on from the last checkpoint"
+        )
+        assert steps_saved() == 4 and main(command) == 0
+        assert_same_run(whole)
+
     def test_in_a_real_process_with_a_loaders_processes(self, command, whole, start):
         command += ["--num-workers", "1"]
         result = start(Path(), DRIVER, "3", str(int(signal.SIGTERM)), *command).result()

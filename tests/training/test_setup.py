@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
 from torch import nn
@@ -39,6 +40,20 @@ class TestLearningRate:
         peak = 0.16 * 32 / 512
         cosine = [1e-3 + (peak - 1e-3) * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in (2, 3)]
         assert rates == pytest.approx([2e-4, (2e-4 + peak) / 2, *cosine], rel=1e-9)
+
+    def test_swins_cosine_begins_after_the_warm_up(self, few_digits_in_an_empty_directory):
+        """As in its official code (WARMUP_PREFIX): two epochs of warm-up, then all of the cosine over the other three."""
+        options = [*TINY, "--epochs", "5", "--batch-size", "32", "--lr", "0.16", "--warmup-prefix"]
+        options += ["--warmup-epochs", "2", "--warmup-lr", "2e-4", "--min-lr", "1e-3", "--output-dir", "out"]
+        assert main(options) == 0
+        rates = [json.loads(line)["lr"] for line in Path("out/log.txt").read_text().splitlines()]
+        peak = 0.16 * 32 / 512
+        cosine = [1e-3 + (peak - 1e-3) * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3)]
+        assert rates == pytest.approx([2e-4, (2e-4 + peak) / 2, *cosine], rel=1e-9)
+
+    @pytest.mark.parametrize(("epochs", "warmup"), [("1", 0), ("2", 1), ("9", 2)])
+    def test_the_default_warm_up_is_shorter_than_the_run(self, epochs, warmup):
+        assert parse_args([*TINY, "--epochs", epochs]).training.warmup_epochs == warmup
 
     @pytest.mark.parametrize("ramping", [[], ["--quant", "mxfp4", "--q-ramping"]])
     def test_adam_is_deits(self, ramping):
@@ -80,7 +95,13 @@ class TestParts:
         options = ["--model", "deit_tiny_distilled_patch16_224", "--input-size", "32", "--distillation-type", "soft"]
         options += ["--teacher-model", "deit_micro_patch4_32", "--teacher-path", "teacher.pth", "--device", "cpu"]
         criterion = built(*options, "--distillation-alpha", "0.3").step.criterion
-        assert (criterion.alpha, criterion.tau) == (0.3, 1.0)
+        assert (criterion.alpha, criterion.tau) == (0.3, 1.0) and not isinstance(criterion.teacher, nn.Sequential)
+        stored = torch.load("teacher.pth", weights_only=True)
+        torch.save({"model": stored, "identity": {"mean": (0.5,) * 3, "std": (0.25,) * 3}}, "teacher.pth")
+        teacher, images = built(*options).step.criterion.teacher, torch.rand(2, 3, 32, 32)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        wanted = teacher[1]((images - 0.5) / 0.25)  # a teacher of ours that was trained with other numbers
+        assert torch.allclose(teacher((images - mean) / std), wanted, atol=1e-5)
 
     def test_int4s_step_sizes_are_of_training_images(self, built):
         """LSQ's 2 mean |x| / sqrt(7) of the first layer's input, for the first batch of the calibration's order."""

@@ -6,6 +6,7 @@ the DeiT family (`timm/models/deit.py`, installed) among them.
 """
 
 from timm._overlay import run_installed
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._quant import TakesQuant
 
 run_installed(globals())
@@ -19,7 +20,8 @@ class VisionTransformer(TakesQuant, _installed["VisionTransformer"]):
 
 
 _small = {
-    name: _cfg(input_size=(3, 32, 32), num_classes=10) for name in ("deit_micro_patch4_32", "deit_nano_patch4_32")
+    name: _cfg(input_size=(3, 32, 32), num_classes=10, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    for name in ("deit_micro_patch4_32", "deit_nano_patch4_32")
 }
 _installed["default_cfgs"].update(_installed["generate_default_cfgs"](_small))
 
