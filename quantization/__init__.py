@@ -1,7 +1,7 @@
 """MXFP4 training: number formats, quantizers, the linear layer, measures of oscillation, remedies, and INT4.
 
-This package knows nothing of models, data sets or command lines. A file imports only from files that are listed before
-it, and the same holds for the folders:
+This package knows nothing of data sets or command lines, and of models only what `families/` says. A file imports only
+from files that are listed before it, and the same holds for the folders:
 
     formats, recipe         number formats; the choice of quantizers for a layer
     philox, reference       random bits; the specification of MX quantization, in PyTorch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torchvision
@@ -16,6 +17,9 @@ FULL = (  # of these, all linears of the blocks are quantized
     *("beit", "deepseek_vit", "deit", "eva", "pvt_v2", "twins", "swin_transformer", "vision_transformer", "vitamin"),
     *("xcit", "vision_transformer_relpos", "gemma4_vit", "qwen3_vit", "davit", "coat", "levit", "mlp_mixer"),
 )
+DOCUMENT = (Path(__file__).resolve().parent.parent / "docs" / "models.md").read_text("utf-8")
+DOCUMENTED_VERSION = re.search(r"timm (\S+),", DOCUMENT)[1]
+DOCUMENTED = set(re.findall(r"^\| (\w+) \| \S+ \| \d+ of", DOCUMENT, flags=re.MULTILINE))
 
 
 def check(result: Result) -> None:
@@ -33,6 +37,8 @@ def check(result: Result) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_timm(module):
     result = timm_result(module)
+    if timm.__version__ == DOCUMENTED_VERSION:
+        assert (module in DOCUMENTED) == (result is not None and result.coverage is not None)
     if result is None:
         return
     check(result)

@@ -42,7 +42,7 @@ class TestLearningRate:
         assert rates == pytest.approx([2e-4, (2e-4 + peak) / 2, *cosine], rel=1e-9)
 
     def test_swins_cosine_begins_after_the_warm_up(self, few_digits_in_an_empty_directory):
-        """As in its official code (WARMUP_PREFIX): two epochs of warm-up, then all of the cosine over the other three."""
+        """As in its official code (WARMUP_PREFIX): two epochs of warm-up, then a cosine over the other three."""
         options = [*TINY, "--epochs", "5", "--batch-size", "32", "--lr", "0.16", "--warmup-prefix"]
         options += ["--warmup-epochs", "2", "--warmup-lr", "2e-4", "--min-lr", "1e-3", "--output-dir", "out"]
         assert main(options) == 0
