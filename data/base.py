@@ -51,9 +51,9 @@ class Preprocessing:
     """How an image becomes the model's input, beside augmentation. The defaults are ImageNet's and DeiT's."""
 
     mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
-    """Of each channel of images in [0, 1]; subtracted."""
+    """The mean of each channel, for images in [0, 1]. It is subtracted."""
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
-    """Each channel is divided by it."""
+    """The standard deviation of each channel, by which it is divided."""
     interpolation: str = "bicubic"
     crop: float = 0.875
     """Share of a held-out image's shorter side that the central crop covers."""

@@ -24,7 +24,7 @@ from runtime.errors import UserError
 
 LEFT_OUT = -100  # label of a held-out image that does not count; it is cross_entropy's default for that
 ORIENTATION = 0x0112
-"""EXIF's tag."""
+"""The tag of the orientation in EXIF."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,7 +34,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its EXIF orientation (TIFF 6.0, tag Orientation); 1 needs nothing."""
+"""The operation that makes an image upright, by its EXIF orientation (TIFF 6.0, tag Orientation); 1 needs none."""
 
 
 @dataclass(frozen=True)

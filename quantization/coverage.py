@@ -25,7 +25,7 @@ from .recipe import is_quantized_layer
 
 
 class Status(str, Enum):
-    """What became of a linear."""
+    """The way in which a linear computes."""
 
     QUANTIZED = "quantized"
     FULL_PRECISION = "full precision"
@@ -116,13 +116,15 @@ def _undone(model: nn.Module) -> Iterator[None]:
     buffers = {buffer: buffer.clone() for buffer in model.buffers() if not buffer.is_inference()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     counts = {device: underflow_counters(device).forward.clone() for device in devices}
-    with torch.random.fork_rng([device.index for device in devices]):
-        yield
-    with torch.no_grad():
-        for buffer, before in buffers.items():
-            buffer.copy_(before)
-    for device, before in counts.items():
-        underflow_counters(device).forward.copy_(before)
+    try:
+        with torch.random.fork_rng([device.index for device in devices]):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers.items():
+                buffer.copy_(before)
+        for device, before in counts.items():
+            underflow_counters(device).forward.copy_(before)
 
 
 @dataclass(eq=False)

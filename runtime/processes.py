@@ -228,7 +228,7 @@ SHARED_MEMORY = (
 def lacks_shared_memory(error: BaseException) -> bool:
     """Tell if a loader process has failed because /dev/shm is full: by an error of its own, or by a bus error."""
     text = str(error)
-    return "shared memory" in text or "Bus error" in text or "/torch_" in text and "No space left" in text
+    return "allocate shared memory" in text or "Bus error" in text or "/torch_" in text and "No space left" in text
 
 
 def end_loaders(error: BaseException | None) -> None:

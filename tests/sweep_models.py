@@ -25,7 +25,7 @@ import timm
 from quantization import Coverage, Recipe, Status, coverage, swap_linears
 
 RECIPE = Recipe().with_only(("q2",))
-"""Which layers are called does not depend on the quantizers; the weights' alone is the fastest."""
+"""Layers are called or not whatever the quantizers are. The quantizer of the weights alone is the fastest choice."""
 PICKED = {  # of the other modules, whose models are no Transformers, the first model is taken
     "beit": ("beit_base_patch16_224", {"depth": 1, "img_size": 64}),
     "cait": ("cait_xxs24_224", {"depth": 2, "img_size": 64}),

@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -225,7 +225,7 @@ def load(path: Path, identity: dict, implied: Mapping[str, object] | None = None
     An older checkpoint's identity may lack a key; `implied` has the value that was the only one then.
     Raises UserError for a file that is missing, unreadable, not ours, or of a run whose `identity` differs.
     """
-    state = _read(path)
+    state = read(path)
     if _differ(FORMAT, state.get("format")) or _differ(VERSION, state.get("version")):
         raise Damaged(
             f"--resume needs a checkpoint of this program, version {VERSION}; {path} is not one. "
@@ -240,7 +240,7 @@ def load(path: Path, identity: dict, implied: Mapping[str, object] | None = None
         name = different[0]
         if name == "classes":
             raise UserError(
-                f"--resume {path} was trained on other classes: {_first_difference(identity[name], theirs[name])}"
+                f"--resume {path} was trained on other classes: {_first_difference(identity[name], theirs.get(name))}"
             )
         raise UserError(
             f"--resume needs a checkpoint of the same {name}: this run has {_short(identity[name])}, "
@@ -257,17 +257,25 @@ def _first_difference(ours: tuple[str, ...] | None, theirs: tuple[str, ...] | No
     return f"label {label} is {now} here and was {then}; give the data with the checkpoint's folders"
 
 
-def _read(path: Path) -> dict:
+def _load_whole(path: Path) -> object:
     """The file's content. Every byte is compared with its checksums, which PyTorch writes but does not check."""
+    with zipfile.ZipFile(path) as archive:
+        if (name := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(name)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read(path: Path, load: Callable[[Path], object] = _load_whole) -> dict:
+    """The dict in a file, as `load` reads it.
+
+    Raises UserError for a file that is missing, and Damaged if `load` fails or returns something else.
+    """
     if not path.is_file():
         raise UserError(f"a checkpoint must be a file, got {path}, which is not one")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if (name := archive.testzip()) is not None:
-                raise zipfile.BadZipFile(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of foreign pickle protocols
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load(path)
     except Exception as error:  # whatever unpickling foreign bytes may raise
         raise Damaged(f"{path} is not a readable checkpoint: damaged, or of another program; give another") from error
     if not isinstance(state, dict):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
@@ -337,6 +336,10 @@ class Run:
     eval: bool = switch("evaluate --resume or --finetune and stop")
 
 
+def names_of(group: type) -> list[str]:
+    return [f.name for f in fields(group)]
+
+
 GROUPS = {
     "precision": LowPrecision,
     "model": Model,
@@ -351,6 +354,14 @@ SAME_ON_RESUME = tuple(f.name for group in GROUPS.values() for f in fields(group
 """The options whose values a checkpoint's identity records, because a resumed run must train as its first part did."""
 RECIPE_OPTIONS = tuple(f.name for f in fields(LowPrecision) if f.name not in ("matmul", "track_oscillation"))
 """The options that make up the recipe and the remedies: to give one is to choose them all anew."""
+
+
+NOT_FOR_EVALUATION = {
+    *names_of(Run),
+    *names_of(Distillation),
+    *("finetune", "pretrained", "weights", "download", "num_workers", "matmul", "track_oscillation"),
+}
+"""Options whose values an evaluation does not take from a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -372,15 +383,8 @@ class Options:
         return {name: getattr(getattr(self, group), name) for group in GROUPS for name in names_of(GROUPS[group])}
 
     def to_store(self) -> dict[str, object]:
-        """What a checkpoint keeps of the options: those that `--eval` takes as its defaults, as plain values."""
-        left_out = {*names_of(Run), "finetune", "pretrained", "weights", "teacher_path", "num_workers"}
-        left_out |= {"matmul", "track_oscillation"}  # speed and measurements
-        values = {name: value for name, value in self.flat().items() if name not in left_out}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
-def names_of(group: type) -> list[str]:
-    return [f.name for f in fields(group)]
+        """What a checkpoint keeps of the options, as plain values: all that `--eval` takes as its defaults."""
+        return {name: value for name, value in self.flat().items() if name not in NOT_FOR_EVALUATION}
 
 
 def flag(name: str) -> str:
@@ -464,23 +468,18 @@ def _of_checkpoint(given: dict[str, object]) -> dict[str, object]:
         stored = {name: value for name, value in stored.items() if name not in RECIPE_OPTIONS}
     if "data_set" in given:
         stored.pop("data_path", None)
-    return {name: value for name, value in stored.items() if name in FIELDS}
+    return {name: value for name, value in stored.items() if name in FIELDS and name not in NOT_FOR_EVALUATION}
 
 
 def _of_identity(identity: dict[str, object]) -> dict[str, object]:
     """The model, its input size and, if it has a name, its recipe."""
     found = {"model": identity["model"], "input_size": identity["input size"]}
     found |= {name: list(identity.get(name, getattr(Preprocessing(), name))) for name in ("mean", "std")}
-    named = re.fullmatch(r"(\w+)(?:, q_ema_beta=(\S+))?", str(identity["recipe"]))
-    if str(identity["recipe"]).startswith("int4"):
-        return found | {"quant": "int4"}
-    if named is None or named[1] not in RECIPES:
-        return found
-    return (
-        found
-        | {"quant": named[1], "q_ema": named[2] is not None}
-        | ({"q_ema_beta": float(named[2])} if named[2] else {})
-    )
+    name, _, beta = str(identity["recipe"]).partition(", q_ema_beta=")
+    for quant, recipe in RECIPES.items():
+        if recipe.describe() == name:
+            return found | {"quant": quant, "q_ema": bool(beta)} | ({"q_ema_beta": float(beta)} if beta else {})
+    return found
 
 
 def _filled_in(given: dict[str, object], stored: dict[str, object]) -> dict[str, object]:

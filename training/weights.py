@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-import warnings
 from enum import Enum
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 import timm
 from runtime import processes
 from runtime.errors import UserError
-from training.checkpoint import Damaged
+from training import checkpoint
 
 PLAIN, AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")
 """Keys under which training programs store the model and its moving average."""
@@ -89,19 +88,14 @@ def read_weights(path: Path) -> dict:
     Besides tensors it may hold an `argparse.Namespace` and NumPy's numbers, which training programs leave there.
     Raises UserError for a file that is missing, unreadable, or holds anything else.
     """
-    if not path.is_file():
-        raise UserError(f"a checkpoint must be a file, got {path}, which is not one")
-    try:
-        if _is_safetensors(path):
-            return safetensors.torch.load_file(path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless_globals()):
-            warnings.simplefilter("ignore")  # of foreign pickle protocols
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling foreign bytes may raise
-        raise Damaged(f"{path} is not a readable checkpoint: damaged, or of another program; give another") from error
-    if not isinstance(state, dict):
-        raise Damaged(f"{path} is not a checkpoint: it holds a {type(state).__name__}; give another file")
-    return state
+    return checkpoint.read(path, _load)
+
+
+def _load(path: Path) -> object:
+    if _is_safetensors(path):
+        return safetensors.torch.load_file(path)
+    with torch.serialization.safe_globals(_harmless_globals()):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -137,9 +131,8 @@ def _chosen(state: dict, path: Path, option: str, which: Weights) -> tuple[dict[
     if "pytorch-lightning_version" in state:  # its metrics and losses have entries, too
         weights = {name: value for name, value in weights.items() if name.startswith("model.")} or weights
     alone = key in AVERAGED and which is Weights.MODEL
-    return _without_prefixes(weights), [
-        f"has the model's average alone, under {key!r}, which is taken"
-    ] if alone else []
+    notes = [f"has the model's average alone, under {key!r}, which is taken"] if alone else []
+    return _without_prefixes(weights), notes
 
 
 def _without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ from torch import nn
 
 from .base import BLOCK_LINEARS, Family, Reader, register_family, register_reader
 
-SWIN_LINEARS = (*BLOCK_LINEARS, "downsample.reduction")
+_MERGING = ("downsample.reduction",)
+SWIN_LINEARS = (*BLOCK_LINEARS, *_MERGING)
 """The four of every block and the one other linear of the stages, the reduction of each patch merging."""
 
 _GATED = ("mlp.fc1_g", "mlp.fc1_x", "mlp.w0", "mlp.w1", "mlp.w2")
@@ -16,9 +17,9 @@ _MIXER = ("token_mixer.qkv", "token_mixer.proj")
 _MORE = {  # beside BLOCK_LINEARS
     "vision_transformer.VisionTransformer": (*_GATED, *_PARALLEL),
     "eva.Eva": (*_GATED, "attn.q_proj", "attn.k_proj", "attn.v_proj"),
-    "swin_transformer.SwinTransformer": ("downsample.reduction",),
-    "swin_transformer_v2.SwinTransformerV2": ("downsample.reduction",),
-    "swin_transformer_v2_cr.SwinTransformerV2Cr": ("downsample.reduction",),
+    "swin_transformer.SwinTransformer": _MERGING,
+    "swin_transformer_v2.SwinTransformerV2": _MERGING,
+    "swin_transformer_v2_cr.SwinTransformerV2Cr": _MERGING,
     "cait.Cait": _SPLIT,
     "xcit.Xcit": _SPLIT,
     "pvt_v2.PyramidVisionTransformerV2": _SPLIT,

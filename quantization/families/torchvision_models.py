@@ -1,4 +1,4 @@
-"""torchvision's Transformers: ViT calls `nn.MultiheadAttention`, and Swin passes the weights to a function.
+"""torchvision's models: ViT calls `nn.MultiheadAttention`, and Swin passes the weights to a function.
 
 torchvision is imported when one of its classes is met, not before.
 

@@ -143,7 +143,8 @@ def test_the_model_and_the_generators_stay_as_they_were(recipe):
 
 
 def test_a_forward_pass_that_fails_leaves_no_trace():
-    model = nn.Sequential(QuantLinear(32, 32), nn.Linear(16, 4)).eval()
+    model = nn.Sequential(QuantLinear(32, 32), nn.BatchNorm1d(5), nn.Linear(16, 4)).eval()
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         coverage(model, torch.randn(X))
     assert not model.training and "forward" not in vars(model[0])
+    assert model[1].num_batches_tracked == 0 and not model[1].running_mean.any()

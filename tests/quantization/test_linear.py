@@ -668,3 +668,19 @@ def test_no_host_synchronisation(device, randn, host_must_not_wait):
     layer(x).backward(dy)
     with host_must_not_wait():
         layer(x).backward(dy)
+
+
+@pytest.mark.parametrize("shape", [(5, 70), (2, 5, 70), (2, 3, 5, 70)])
+def test_the_result_may_be_changed_in_place(shape, device, randn):
+    """timm's BEiT, EVA-02 and Swin V2 add a bias so. The gradients are those of a sum that is a new tensor."""
+    layer, x, gradients = make(ALL_NEAREST, device), randn(*shape), []
+    for in_place in (True, False):
+        layer.zero_grad()
+        y = layer(x)
+        if in_place:
+            y += 1
+        else:
+            y = y + 1
+        y.square().sum().backward()
+        gradients.append((y.detach(), layer.weight.grad, layer.bias.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and gradients[0][1].any()

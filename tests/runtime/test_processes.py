@@ -508,11 +508,12 @@ def test_gradients_that_the_step_averages(kind, tmp_path, ranks):
         ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...", True),
         ("unable to write to file </torch_1_2_0>: No space left on device (28)", True),
         ("[Errno 28] No space left on device: 'out/checkpoint.pth'", False),
+        ("out of resource: shared memory, Required: 232448, Hardware limit: 101376", False),
         ("CUDA out of memory", False),
     ],
 )
 def test_a_small_dev_shm_is_told_from_other_failures(text, small):
-    """PyTorch's messages where /dev/shm is full; the disk of the checkpoints is another matter."""
+    """PyTorch's messages where /dev/shm is full. A full disk and a kernel's memory are other matters."""
     assert processes.lacks_shared_memory(RuntimeError(text)) is small
 
 

@@ -8,10 +8,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from main import main
 from runtime.errors import UserError
-from training.options import build_parser, parse_args
+from training.options import SAME_ON_RESUME, build_parser, flag, parse_args
 from training.setup import build_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -166,3 +167,23 @@ def test_a_model_of_the_users_choice_has_its_own_input_size():
     assert parse_args(fashion).data.input_size == 32
     assert parse_args([*fashion, *other]).data.input_size is None
     assert parse_args([*fashion, *other, "--input-size", "64"]).data.input_size == 64
+
+
+@pytest.mark.parametrize("stored", ["options", "identity"])
+def test_an_evaluation_does_not_ask_for_what_only_training_needs(stored, tmp_path):
+    """A student's checkpoint names no file of a teacher, and data that was downloaded is not downloaded again."""
+    student = {"model": "deit_tiny_distilled_patch16_224", "input_size": 32, "data_set": "CIFAR10", "data_path": "x"}
+    student |= {"distillation_type": "soft", "teacher_model": "deit_micro_patch4_32", "batch_size": 5}
+    if stored == "options":
+        content = {"options": student | {"download": True}}
+    else:
+        identity = {flag(name): value for name, value in student.items() if name in SAME_ON_RESUME}
+        content = {"identity": identity | {"model": student["model"], "input size": 32, "recipe": "tetrajet"}}
+    torch.save(content, tmp_path / "checkpoint.pth")
+    options = parse_args(["--eval", "--resume", str(tmp_path / "checkpoint.pth"), "--data-path", "y"])
+    assert (options.model.model, options.data.input_size, options.training.batch_size) == (student["model"], 32, 5)
+    assert (options.data.data_path, options.data.download, options.distillation.distillation_type) == (
+        "y",
+        False,
+        "none",
+    )
