@@ -335,6 +335,8 @@ def test_an_evaluation_takes_its_options_from_the_checkpoint(folder, capsys):
     assert numbers(capsys)["test_loss"] == pytest.approx(logged["ema_loss"], rel=1e-5)
     assert main([*evaluation, "--mean", "0.5", "0.5", "0.5", "--exif-orientation"]) == 0
     assert numbers(capsys)["test_loss"] != logged["test_loss"]
+    assert main([*evaluation, "--quant", "none"]) == 2  # a recipe of the user's own is chosen as a whole
+    assert "the same recipe: this run has none, " in capsys.readouterr().err
 
 
 def test_an_older_checkpoints_options_come_from_its_identity(folder, capsys):
