@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
+from math import frexp
 
 GROUP_SIZE = 32  # values that share one scale (OCP MX section 5.2, the block size k)
 SIGN_CODE = 0x8  # sign bit of a 4-bit code
@@ -40,6 +41,8 @@ class ElementFormat:
 
     With `mantissa_bits` m and `min_exponent` e, values below 2**e are spaced 2**(e - m) apart (they are the
     subnormals and, for m = 1, the first binade); every binade above holds 2**m values.
+
+    Raises ValueError for numbers that contradict each other, and for more or fewer magnitudes than a 4-bit code holds.
     """
 
     magnitudes: tuple[float, ...]  # value of each magnitude code
@@ -47,6 +50,28 @@ class ElementFormat:
     min_exponent: int
     max_exponent: int  # Emax, the exponent of the largest magnitude
     max_mantissa: int  # fp32 mantissa bits of the largest magnitude Qp
+
+    def __post_init__(self) -> None:
+        count, m, e = MAX_MAGNITUDE_CODE + 1, self.mantissa_bits, self.min_exponent
+        if len(self.magnitudes) != count:
+            raise ValueError(
+                f"an element has {count} magnitudes, those of the 4-bit codes 0x0 to 0x7, got {len(self.magnitudes)}; "
+                "a wider element needs wider codes"
+            )
+        # Code c = (exponent field, m mantissa bits); the exponent field 0 holds the subnormals.
+        fields = [divmod(code, 2**m) for code in range(count)]
+        wanted = tuple((fraction / 2**m + (field > 0)) * 2.0 ** (e + max(field - 1, 0)) for field, fraction in fields)
+        if self.magnitudes != wanted:
+            raise ValueError(
+                f"mantissa_bits {m} and min_exponent {e} make the magnitudes {wanted}, got {self.magnitudes}"
+            )
+        fraction, exponent = frexp(self.max)  # Qp = fraction * 2**exponent with a fraction from 1/2 to 1
+        largest = exponent - 1, round((2 * fraction - 1) * 2**FP32_MANTISSA_BITS)
+        if (self.max_exponent, self.max_mantissa) != largest:
+            raise ValueError(
+                f"the largest magnitude {self.max} has max_exponent {largest[0]} and max_mantissa {largest[1]:#x}, "
+                f"got {self.max_exponent} and {self.max_mantissa:#x}"
+            )
 
     @property
     def max(self) -> float:

@@ -12,9 +12,18 @@ PAPER_BETA = 0.998
 """Q-EMA's decay by default (paper section 5)."""
 
 
+def _check_type(name: str, value: object, wanted: type) -> None:
+    if not isinstance(value, wanted):
+        remedy = f"; write {name}=Quantizer(element=..., rounding=...)" if wanted is Quantizer else ""
+        raise TypeError(f"{name} must be a {wanted.__name__}, got {value!r}{remedy}")
+
+
 @dataclass(frozen=True)
 class Quantizer:
-    """The settings of one of Q1 .. Q6. Strings are accepted for the enums."""
+    """The settings of one of Q1 .. Q6. Strings are accepted for the enums.
+
+    Raises ValueError for an unknown element, scaling or rounding, and TypeError for an `enabled` that is no bool.
+    """
 
     enabled: bool = True
     """If False, the operand passes through in the precision of the matmul."""
@@ -23,6 +32,7 @@ class Quantizer:
     rounding: Rounding = Rounding.NEAREST
 
     def __post_init__(self) -> None:
+        _check_type("enabled", self.enabled, bool)
         object.__setattr__(self, "element", Element(self.element))
         object.__setattr__(self, "scaling", Scaling(self.scaling))
         object.__setattr__(self, "rounding", Rounding(self.rounding))
@@ -46,7 +56,8 @@ _MICROSCALING = Quantizer(scaling=Scaling.FLOOR)
 class Recipe:
     """The six quantizers of a linear layer (paper section 3.3). `Recipe()` is TetraJet.
 
-    Raises ValueError for Q-EMA with Q2 off, for a beta outside [0, 1), and for EMA rounding set by hand.
+    Raises TypeError for something else than a `Quantizer`, and ValueError for Q-EMA with Q2 off, for a beta outside
+    [0, 1), and for EMA rounding set by hand.
     """
 
     q1: Quantizer = field(default=_NEAREST)
@@ -67,6 +78,9 @@ class Recipe:
     """Decay of the weights' moving average if Q-EMA rounds them in Q2 (paper section 5), None for plain Q2."""
 
     def __post_init__(self) -> None:
+        for name in QUANTIZERS:
+            _check_type(name, getattr(self, name), Quantizer)
+        _check_type("double", self.double, bool)
         for name in QUANTIZERS:
             if getattr(self, name).rounding is Rounding.EMA:
                 raise ValueError(f"EMA rounding belongs to Q2 alone, got it for {name}; set q_ema_beta instead")

@@ -170,6 +170,8 @@ class Int4Linear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe = Int4Recipe() if recipe is None else recipe
+        if not isinstance(self.recipe, Int4Recipe):
+            raise TypeError(f"Int4Linear needs an Int4Recipe, got {recipe!r}")
         self.block = gcd(in_features, self.recipe.hadamard_size)
         self._start_steps()
 

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from quantization import BACKWARD, FORWARD, QUANTIZERS, RECIPES, Int4Recipe, Quantizer, Recipe
+from quantization import BACKWARD, FORWARD, QUANTIZERS, RECIPES, Int4Linear, Int4Recipe, Quantizer, QuantLinear, Recipe
 
 TABLE_5 = list(product(("stochastic", "nearest"), (True, False), ("truncation_free", "floor")))
 
@@ -35,6 +35,24 @@ def test_with_only(names):
         got, stock = getattr(derived, name), getattr(Recipe(), name)
         assert got == replace(stock, enabled=name in names)
     assert derived.quantizes == bool(names)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Recipe(q1="e2m1"), "q1 must be a Quantizer, got 'e2m1'; write q1=Quantizer"),
+        (lambda: Recipe(q6=Recipe()), "q6 must be a Quantizer, got Recipe"),
+        (lambda: Recipe(q3=Quantizer), "q3 must be a Quantizer, got <class"),
+        (lambda: Recipe(double="direct"), "double must be a bool, got 'direct'"),
+        (lambda: Quantizer(enabled="off"), "enabled must be a bool, got 'off'"),
+        (lambda: QuantLinear(3, 2, recipe="mxfp4"), "QuantLinear needs a Recipe, got 'mxfp4'; RECIPES"),
+        (lambda: QuantLinear(3, 2, recipe=Int4Recipe()), "QuantLinear needs a Recipe, got Int4Recipe"),
+        (lambda: Int4Linear(3, 2, recipe=Recipe()), "Int4Linear needs an Int4Recipe, got Recipe"),
+    ],
+)
+def test_something_else_is_refused_where_it_is_passed(build, message):
+    with pytest.raises(TypeError, match=message):
+        build()
 
 
 def test_elements_of_table_7():
