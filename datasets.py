@@ -1,7 +1,9 @@
-"""The table of data sets, and the loaders of a run."""
+"""The loaders of a run, for the data sets of the files in data/."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +11,10 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
-from data.base import SMALL_DATA, BadImages, DataConfig, DataSet, Preprocessing
+import data
+from data.base import DATA_SETS, SMALL_DATA, BadImages, DataConfig, DataSet, Preprocessing
 from data.epoch_order import EpochBatches, PlannedBatches
-from data.image_files import ImageFiles, ImageFilesLoader, ImageFolders, take_bad_images
-from data.in_memory import Cifar, Digits, Fashion, Fractals
+from data.image_files import ImageFiles, ImageFilesLoader, take_bad_images
 from data.transforms import RAND_AUGMENT, build_transform
 from runtime import processes
 from runtime.errors import UserError
@@ -36,19 +38,8 @@ __all__ = [
 
 CALIBRATION_ORDER = 1_000_000  # offset of Q-Ramping's shuffles, which must not repeat the training order
 
-DATA_SETS: dict[str, DataSet] = {
-    data_set.name: data_set
-    for data_set in (
-        Digits(),
-        Fashion(),
-        Fractals(),
-        Cifar("CIFAR10", "CIFAR-10 as torchvision stores it", num_classes=10),
-        Cifar("CIFAR100", "CIFAR-100 as torchvision stores it", num_classes=100),
-        ImageFolders("IMNET", "ImageNet-1k in train/ and val/, one folder per class", num_classes=1000),
-        ImageFolders("FOLDER", "your own images in train/ and val/, one folder per class", num_classes=None),
-    )
-}
-"""The choices of --data-set. To add one, write a subclass of `DataSet` in data/ and enter it here."""
+for _module in pkgutil.iter_modules(data.__path__):  # each enters its data sets
+    importlib.import_module(f"data.{_module.name}")
 
 
 @dataclass(frozen=True)

@@ -129,3 +129,15 @@ class DataSet(ABC):
         if not root.is_dir() and not config.download:
             raise UserError(f"--data-path must be a directory, got {root}, which is not one")
         return root
+
+
+DATA_SETS: dict[str, DataSet] = {}
+"""The choices of --data-set by name. `datasets.py` imports every file of data/, so that its data sets are entered."""
+
+
+def register(*data_sets: DataSet) -> None:
+    """Enter data sets into `DATA_SETS`. Raises ValueError for a name that another one has."""
+    for data_set in data_sets:
+        if data_set.name in DATA_SETS:
+            raise ValueError(f"a data set's name must be its own, got {data_set.name}, which another one has")
+        DATA_SETS[data_set.name] = data_set

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import datasets as tv_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.base import BadImages, DataConfig, DataSet, Transform
+from data.base import BadImages, DataConfig, DataSet, Transform, register
 from data.fingerprint import fingerprint_files
 from runtime import processes
 from runtime.errors import UserError
@@ -240,3 +240,9 @@ class ImageFolders(DataSet):
 
     def fingerprint(self, split: ImageFiles) -> str:
         return fingerprint_files(split.root, split.samples)
+
+
+register(
+    ImageFolders("IMNET", "ImageNet-1k in train/ and val/, one folder per class", num_classes=1000),
+    ImageFolders("FOLDER", "your own images in train/ and val/, one folder per class", num_classes=None),
+)

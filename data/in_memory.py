@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets as tv_datasets
 
-from data.base import SMALL_DATA, DataConfig, DataSet, Preprocessing, Transform
+from data.base import SMALL_DATA, DataConfig, DataSet, Preprocessing, Transform, register
 from data.fingerprint import fingerprint_arrays
 from data.fractals import fractal_images
 from runtime import processes
@@ -206,6 +206,15 @@ class Cifar(InMemory):
                 "pass --download to fetch it there"
             ) from error
         return self.serve(split.data, np.array(split.targets), config, transform, training)
+
+
+register(
+    Digits(),
+    Fashion(),
+    Fractals(),
+    Cifar("CIFAR10", "CIFAR-10 as torchvision stores it", num_classes=10),
+    Cifar("CIFAR100", "CIFAR-100 as torchvision stores it", num_classes=100),
+)
 
 
 def read_idx(path: Path) -> np.ndarray:
