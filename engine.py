@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +74,8 @@ class TrainStep:
             layers = list(quant_linears(self.model).values())
 
             def state() -> tuple:
-                modes = self.model.training, *(layer.use_q_ema for layer in layers)
-                return *modes, *(tensor.data_ptr() for tensor in tensors)
+                modes = ((layer.recipe, layer.use_q_ema, layer.high_precision) for layer in layers)
+                return self.model.training, *modes, *(tensor.data_ptr() for tensor in tensors)
 
             self._passes = CudaGraph(self._forward_and_backward, self.model.parameters(), state)
 
@@ -248,14 +249,33 @@ def train_one_epoch(
     }
 
 
+def _sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, ignore_index=LEFT_OUT, reduction="sum")
+
+
+def _percent_in_top(k: int, logits: Tensor, labels: Tensor) -> Tensor:
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, :k]  # of five for any k, so that ties fall alike
+    return 100 * (best == labels[:, None]).sum()
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "loss": _sum_of_losses,
+    "acc1": partial(_percent_in_top, 1),
+    "acc5": partial(_percent_in_top, 5),
+}
+"""What an evaluation measures: functions of the logits [B, classes], fp32, and the labels [B] of a batch. Each returns
+the sum over its images, without those labelled `LEFT_OUT`; the log has the mean over all images, `test_` before its
+name."""
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict[str, float]:
-    """Loss and top-1 and top-5 accuracy in percent over every image once, whatever the number of processes.
+    """The mean of each of `METRICS` over every image once, whatever the number of processes; accuracies in percent.
 
     Images labelled `LEFT_OUT` do not count.
     """
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=device)  # images, loss, top-1, top-5
+    totals = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=device)  # images, then each metric
     # Sharded weights are gathered by all processes together, so those with fewer batches make extra forward passes.
     missing = max(processes.gather(len(loader))) - len(loader) if is_sharded_model(model) else 0
     with weights_quantized_once(model), progress(loader, "evaluate") as bar:
@@ -263,15 +283,13 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
             images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
             with autocast(device):
                 logits = model(images)
-            logits = logits.float()
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            loss = F.cross_entropy(logits, labels, ignore_index=LEFT_OUT, reduction="sum")
-            totals += torch.stack(((labels != LEFT_OUT).sum(), loss, best[:, 0].sum(), best.sum())).double()
+            sums = [measure(logits.float(), labels) for measure in METRICS.values()]
+            totals += torch.stack([(labels != LEFT_OUT).sum().double(), *(value.double() for value in sums)])
         for _ in range(missing):
             with autocast(device):
                 model(loader.dataset.dataset[0][0].unsqueeze(0).to(device))
-    seen, loss, top1, top5 = processes.all_reduce_sum(totals).tolist()
-    return {"loss": loss / seen, "acc1": 100 * top1 / seen, "acc5": 100 * top5 / seen}
+    seen, *sums = processes.all_reduce_sum(totals).tolist()
+    return {name: value / seen for name, value in zip(METRICS, sums)}
 
 
 def progress(loader: DataLoader | None, description: str, done: int = 0, total: int | None = None) -> tqdm:

@@ -151,7 +151,7 @@ def training_step(model: nn.Module, batch_size: int, variant: Variant, device: t
     def step() -> None:
         train(next(batches))
         if q_ema is not None:
-            q_ema.update(train.skip)
+            q_ema.after_step(train.skip)
 
     return step
 

@@ -4,20 +4,23 @@ This package knows nothing of data sets or command lines, and of models only wha
 from files that are listed before it, and the same holds for the folders:
 
     formats, recipe         number formats; the choice of quantizers for a layer
+    option_fields           how options of main.py are declared
     philox, reference       random bits; the specification of MX quantization, in PyTorch
     adamw_update, triton/   the data of an optimizer step; the kernels of quantizers, optimizer and averages
     operators               the quantizers for torch.compile
     mx, matmul, shards      `quantize_mx`; the matmul of two operands; sharded weights
+    averages                moving averages that skip what a step skips
     baselines/              the INT4 layer
     linear                  the MX layer
     families/               the block linears of known models; modules that compute around their linears
     swap, weight_cache      functions on whole models: swap layers in, find them, quantize weights once
     coverage, create        which linears a forward pass really quantizes; quantized models of timm
     measures/               latent weights; path lengths and oscillation ratios
-    optim/                  counts of steps; Q-Ramping
-    remedies/               Q-EMA, dampening, freezing, OsciReset
+    optim/                  counts of steps; Q-Ramping's optimizer and detection
+    remedies/               what a remedy for oscillation is; one file for each of them
 """
 
+from .averages import lerp_unless
 from .baselines.int4 import Int4Linear, initialise_steps
 from .coverage import Coverage, Status, coverage
 from .create import create_model
@@ -25,47 +28,74 @@ from .formats import Element, Rounding, Scaling
 from .linear import QuantLinear
 from .matmul import Matmul, has_fp8, take_lost_groups
 from .measures.latent import confidence, histogram, latent_weight
-from .measures.oscillation import OSCILLATION_THRESHOLD, OscillationWindow, PathLengths, TensorPath, rate_of_change
+from .measures.oscillation import (
+    OSCILLATION_THRESHOLD,
+    OscillationWindow,
+    PathLengths,
+    TensorPath,
+    oscillates,
+    rate_of_change,
+)
 from .mx import MXTensor, quantize_mx
 from .optim.ramping import RampingAdamW, detect_oscillation, update_periods
 from .recipe import BACKWARD, FORWARD, QUANTIZERS, RECIPES, Int4Recipe, Quantizer, Recipe
+from .remedies.base import REMEDIES, Remedies, Remedy, RunLength
 from .remedies.dampen import Dampen, Reduction
 from .remedies.freeze import Freeze
+from .remedies.heal import Heal
+from .remedies.keep_blocks import KeepBlocks
 from .remedies.osci_reset import OsciReset
-from .remedies.q_ema import QEma, lerp_unless
-from .swap import BLOCK_LINEARS, plain_rounding, quant_linears, set_matmul, swap_linears
+from .remedies.q_ema import QEma
+from .remedies.q_ramping import QRamping
+from .swap import (
+    BLOCK_LINEARS,
+    copy_precision,
+    plain_rounding,
+    quant_linears,
+    restore_linears,
+    set_matmul,
+    swap_linears,
+)
 from .weight_cache import weights_quantized_once
 
 __all__ = [
     "BACKWARD",
     "BLOCK_LINEARS",
     "Coverage",
-    "FORWARD",
-    "OSCILLATION_THRESHOLD",
-    "QUANTIZERS",
-    "RECIPES",
     "Dampen",
     "Element",
+    "FORWARD",
     "Freeze",
+    "Heal",
     "Int4Linear",
     "Int4Recipe",
+    "KeepBlocks",
     "MXTensor",
     "Matmul",
+    "OSCILLATION_THRESHOLD",
     "OsciReset",
     "OscillationWindow",
     "PathLengths",
     "QEma",
+    "QRamping",
+    "QUANTIZERS",
     "QuantLinear",
     "Quantizer",
+    "RECIPES",
+    "REMEDIES",
     "RampingAdamW",
     "Recipe",
     "Reduction",
+    "Remedies",
+    "Remedy",
     "Rounding",
+    "RunLength",
     "Scaling",
     "Status",
     "TensorPath",
     "confidence",
     "coverage",
+    "copy_precision",
     "create_model",
     "detect_oscillation",
     "has_fp8",
@@ -73,10 +103,12 @@ __all__ = [
     "initialise_steps",
     "latent_weight",
     "lerp_unless",
+    "oscillates",
     "plain_rounding",
     "quant_linears",
     "quantize_mx",
     "rate_of_change",
+    "restore_linears",
     "set_matmul",
     "swap_linears",
     "take_lost_groups",

@@ -322,6 +322,8 @@ class QuantLinear(nn.Linear):
     `weight` and `bias` are the fp32 master parameters under their usual names. With Q-EMA the layer also owns
     `weight_ema` (fp32, the shape of `weight`) and `ema_updates` (int64 scalar), which `QEma` advances; a checkpoint
     without them, such as a stock DeiT's, loads and starts the average at the loaded weight.
+
+    Raises TypeError for a recipe of another class.
     """
 
     def __init__(
@@ -336,8 +338,12 @@ class QuantLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe = recipe = Recipe() if recipe is None else recipe
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"QuantLinear needs a Recipe, got {recipe!r}; RECIPES holds the named ones")
         self.use_q_ema = recipe.q_ema_beta is not None
         """Off during Q-Ramping's detection, which studies plain rounding."""
+        self.high_precision = False
+        """Multiply X and W themselves, as `nn.Linear` does; the recipe stays for when it is off again (healing)."""
         self.weight_cache: WeightCache | None = None
         """Keeps Q2(W) between forward passes within `weights_quantized_once`."""
         self._matmul = Matmul.AUTO
@@ -403,6 +409,8 @@ class QuantLinear(nn.Linear):
             raise TypeError(f"QuantLinear needs a floating-point tensor, got {x.dtype}")
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the last axis must have {self.in_features} channels, got {tuple(x.shape)}")
+        if self.high_precision:
+            return super().forward(x)
         use_fp8 = self._uses_fp8
         underflowed, underflowed_backward = underflow_counters(x.device) if use_fp8 else (None, None)
         trains = x.requires_grad or self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)

@@ -18,9 +18,11 @@ from .recipe import Int4Recipe, Recipe, is_quantized_layer, layer_class
 
 __all__ = [
     "BLOCK_LINEARS",
+    "copy_precision",
     "plain_rounding",
     "plain_weight_linears",
     "quant_linears",
+    "restore_linears",
     "set_matmul",
     "swap_linears",
 ]
@@ -49,11 +51,33 @@ def swap_linears(model: nn.Module, recipe: Recipe | Int4Recipe, names: Sequence[
     for path, reader in readers.items():
         reader.mend(model.get_submodule(path))
     layers = {name: model.get_submodule(name) for name in found}
-    replacements = {layer: _replacement(layer, recipe, new_class) for layer in layers.values()}
+    replacements = {layer: _take_place_of(layer, new_class.from_linear(layer, recipe)) for layer in layers.values()}
     for name, layer in layers.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, replacements[layer])
+        _set_module(model, name, replacements[layer])
     return model
+
+
+def restore_linears(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Put ordinary linears, with the same parameters and hooks, in place of the quantized layers of these names.
+
+    A layer that has several names must be given by all of them. Returns `model`, which is changed in place.
+    """
+    layers = {name: model.get_submodule(name) for name in names}
+    linears = {layer: _take_place_of(layer, _linear_from(layer)) for layer in layers.values()}
+    for name, layer in layers.items():
+        _set_module(model, name, linears[layer])
+    return model
+
+
+def _linear_from(layer: nn.Module) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight, linear.bias = layer.weight, layer.bias
+    return linear.train(layer.training)
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _matching(model: nn.Module, names: Sequence[str] | str | None) -> list[str]:
@@ -119,9 +143,8 @@ def _why_not(layer: nn.Linear) -> str | None:
     return None
 
 
-def _replacement(layer: nn.Linear, recipe: Recipe | Int4Recipe, new_class: type) -> nn.Module:
-    """The quantized layer, with the attributes and hooks that users gave to `layer`; their handles remove them."""
-    new = new_class.from_linear(layer, recipe)
+def _take_place_of(layer: nn.Linear, new: nn.Linear) -> nn.Linear:
+    """`new`, with the attributes and hooks that users gave to `layer`; their handles remove them."""
     for name, value in vars(layer).items():
         if "hook" in name or name not in vars(new):
             vars(new)[name] = value
@@ -154,6 +177,13 @@ def set_matmul(model: nn.Module, matmul: Matmul | str) -> None:
     """Choose the arithmetic of every MX linear of `model`."""
     for layer in quant_linears(model).values():
         layer.matmul = matmul
+
+
+def copy_precision(model: nn.Module, copy: nn.Module) -> None:
+    """Give the MX linears of a copy of `model` the recipe and the precision that those of `model` have now."""
+    copies = quant_linears(copy)
+    for name, layer in quant_linears(model).items():
+        copies[name].recipe, copies[name].high_precision = layer.recipe, layer.high_precision
 
 
 @contextmanager

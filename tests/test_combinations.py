@@ -122,7 +122,7 @@ def test_every_combination_trains_as_in_plain_lines(method, micro_batches, clip_
     for batch in batches(*SIZES):
         losses.append(step(batch)[0].item())
         if q_ema:
-            q_ema.update()
+            q_ema.after_step()
     assert losses == pytest.approx(wanted, rel=1e-6) and np.isfinite(losses).all()
     same_state(model, plain)
 

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import combinations, product
 from pathlib import Path
 
@@ -25,11 +25,21 @@ import main as program
 import timm
 from datasets import DataConfig, build_loaders
 from main import main
-from quantization import RECIPES, Quantizer, RampingAdamW, Recipe, quantize_mx
+from quantization import (
+    RECIPES,
+    REMEDIES,
+    Quantizer,
+    RampingAdamW,
+    Recipe,
+    quant_linears,
+    quantize_mx,
+    restore_linears,
+)
 from tracking import oscillation_csv, tracker
 from training import checkpoint, loop, setup
 from training.models import build_model
-from training.options import build_parser, parse_args
+from training.optimizer import build_optimizer
+from training.options import build_parser, flag, parse_args
 from training.run_log import table_row
 from training.setup import build_recipe
 
@@ -51,6 +61,8 @@ RESUMED = {
     "freeze": ["--freeze", "0.002", "--batch-size", "16", "--lr", "1"],
     "micro-batches": ["--accumulate-steps", "2", "--checkpoint-activations", "--keep-last-batch", "--q-ema"],
     "osci-reset": OSCI_RESET,  # six steps: a window is open at the end of the first epoch
+    "heal": ["--heal", "2", "--q-ema", "--accumulate-steps", "2"],
+    "keep-blocks": ["--keep-blocks", "1", "--heal", "1"],
 }
 
 
@@ -170,12 +182,35 @@ class TestTraining:
         for key, state in whole["optimizer"]["state"].items():
             assert all(torch.equal(parts["optimizer"]["state"][key][k], v) for k, v in state.items())
         assert same(parts["more"], whole["more"])
-        assert (name in ("dampen", "freeze", "osci-reset")) == ("oscillation" in whole["more"])
+        assert whole["more"]["remedies"].keys() == {
+            flag for flag in REMEDIES if f"--{flag.replace('_', '-')}" in arguments
+        }
         timing = {"img_per_s"}
         for a, b in zip(lines_of(Path("whole/log.txt")), lines_of(Path("parts/log.txt"))):
             assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
-        happened = {"dampen": "dampen_weight", "freeze": "frozen", "osci-reset": "resets"}
+        happened = {"dampen": "dampen_weight", "freeze": "frozen", "osci-reset": "resets", "heal": "quantized_acc1"}
         assert name not in happened or a[happened[name]] > 0
+
+    def test_a_healed_checkpoint_is_evaluated_healed_and_quantized(self, evaluated, capsys):
+        """Each by its own forward pass, in the log and by --eval: ordinary linears but for block 0, and MX ones."""
+        options = [*TINY, "--heal", "2", "--keep-blocks", "0", "--output-dir", "out"]
+        assert main(options) == 0
+        first, last = lines_of(Path("out/log.txt"))
+        assert "quantized_acc1" not in first
+        capsys.readouterr()
+        assert main(["--eval", "--device", "cpu", "--resume", "out/checkpoint.pth"]) == 0
+        shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert shown == {name: last[name] for name in shown} and len(shown) == 6
+        images, labels = digits()[1]
+        weights = torch.load("out/checkpoint.pth", weights_only=True)["model"]
+        for prefix, recipe in (("test", RECIPES["none"]), ("quantized", Recipe())):
+            model = build_model("deit_micro_patch4_32", 10, 8, 0.0, recipe)
+            if prefix == "quantized":
+                restore_linears(model, [name for name in quant_linears(model) if name.startswith("blocks.0.")])
+            model.load_state_dict(weights)
+            wanted = {f"{prefix}_{name}": value for name, value in evaluated(model, images, labels).items()}
+            assert {name: last[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+        fails([*TINY, "--eval", "--resume", "out/checkpoint.pth"], "same --heal: this run has None, .* has 2", capsys)
 
     def test_a_recipe_made_by_switches_is_the_checkpoints(self, evaluated, capsys):
         switches = ["--backward-rounding", "nearest", "--backward-operands", "direct", "--scaling", "floor"]
@@ -435,7 +470,7 @@ MISTAKES = {
     "classes": (["--num-classes", "5"], r"--num-classes 5 does not fit the data, which has 10 classes"),
     "large batch": (["--batch-size", "5000"], r"at least one batch: DIGITS gives 150 training images"),
     "gpu": (["--device", "cuda"], r"--device cuda needs a GPU"),
-    "q-ema alone": (["--q-ema"], r"--q-ema rounds quantized weights, got --quant none"),
+    "q-ema alone": (["--q-ema"], r"--q-ema needs quantized weights, got --quant none"),
     "q-ramping alone": (["--q-ramping"], r"--q-ramping needs quantized weights, got --quant none"),
     "beta alone": (["--quant", "mxfp4", "--q-ema-beta", "0.9"], r"--q-ema-beta 0.9 has no effect without --q-ema"),
     "switch of none": (
@@ -468,7 +503,7 @@ MISTAKES = {
         ["--quant", "mxfp4", "--freeze", "0.01", "--quantizers", "q1"],
         r"--freeze is about weights that q2",
     ),
-    "q-ema of int4": (["--quant", "int4", "--q-ema"], r"--q-ema rounds quantized weights, got --quant int4"),
+    "q-ema of int4": (["--quant", "int4", "--q-ema"], r"--q-ema needs quantized weights, got --quant int4"),
     "q-ramping of int4": (["--quant", "int4", "--q-ramping"], r"--q-ramping needs quantized weights, got --quant int4"),
     "dampen alone": (["--dampen", "1"], r"--dampen needs quantized weights, got --quant none; add --quant mxfp4"),
     "freeze of int4": (["--freeze", "0.01", "--quant", "int4"], r"--freeze needs quantized weights, got --quant int4"),
@@ -476,6 +511,32 @@ MISTAKES = {
     "two answers": (
         ["--quant", "mxfp4", "--q-ema", "--freeze", "0.01"],
         r"--q-ema and --freeze are two remedies for oscillation that no paper combines; drop one",
+    ),
+    "heal after the run": (
+        ["--quant", "mxfp4", "--epochs", "3", "--heal", "4"],
+        r"--heal must be an epoch of the run, from 1 to 3, got 4",
+    ),
+    "heal alone": (["--heal", "1"], r"--heal needs quantized weights, got --quant none; add --quant mxfp4"),
+    "a block too many": (
+        ["--quant", "mxfp4", "--keep-blocks", "0,2"],
+        r"--keep-blocks takes numbers from 0 to 1 for this model, got 2",
+    ),
+    "all blocks": (["--quant", "mxfp4", "--keep-blocks", "0,1"], r"--keep-blocks must leave a block, got all 2; use"),
+    "no block": (
+        ["--quant", "mxfp4", "--keep-blocks", "x"],
+        r"--keep-blocks: needs numbers of blocks from 0, .* got 'x'",
+    ),
+    "a window longer than the interval": (
+        ["--quant", "mxfp4", "--osci-reset", "--osci-reset-window", "9", "--osci-reset-interval", "8"],
+        r"--osci-reset-window must be at most --osci-reset-interval, 8, got 9; lower it",
+    ),
+    "a start after the run": (
+        ["--quant", "mxfp4", "--epochs", "1", "--osci-reset", "--osci-reset-start", "1500"],
+        r"--osci-reset-start must leave the window of \d+ steps within the run's \d+, got 1500; lower it",
+    ),
+    "a start between": (
+        ["--quant", "mxfp4", "--osci-reset", "--osci-reset-start", "1.5"],
+        r"--osci-reset-start: needs a share of the run from 0 to 1, or a whole number of steps, got '1.5'",
     ),
     "freeze at one oscillation": (
         ["--quant", "mxfp4", "--freeze", "0.001"],
@@ -810,17 +871,21 @@ def test_lost_groups_are_logged(capsys):
 
 
 def test_options_are_these():
-    """An option is a promise: adding or removing one changes this list, the README and a test."""
+    """An option is a promise: a change of them is one of this list, the README and a test. Remedies may be added."""
     options = {flag for action in build_parser()._actions for flag in action.option_strings if flag.startswith("--")}
-    assert options == set(
-        """--help --quant --q-ema --q-ema-beta --q-ramping --q-ramping-k1 --q-ramping-k2 --q-ramping-steps
-        --model --drop-path --finetune --data-set --data-path --download --num-classes --input-size --num-workers
-        --repeats --aa --color-jitter --reprob --mixup --cutmix --epochs --batch-size --lr --min-lr --warmup-lr
-        --warmup-epochs --weight-decay --smoothing --model-ema-decay --seed --distillation-type --distillation-alpha
-        --distillation-tau --teacher-model --teacher-path --device --output-dir --resume --eval
+    of_remedies = {flag(f.name) for one in REMEDIES.values() for f in fields(one.options)}
+    assert of_remedies >= set(
+        """--q-ema --q-ema-beta --q-ramping --q-ramping-k1 --q-ramping-k2 --q-ramping-steps --dampen --dampen-reduction
+        --freeze --osci-reset --osci-reset-interval --osci-reset-window --osci-reset-threshold --osci-reset-start --heal
+        --keep-blocks""".split()
+    )
+    assert options - of_remedies == set(
+        """--help --quant --model --drop-path --finetune --data-set --data-path --download --num-classes --input-size
+        --num-workers --repeats --aa --color-jitter --reprob --mixup --cutmix --epochs --batch-size --lr --min-lr
+        --warmup-lr --warmup-epochs --weight-decay --smoothing --model-ema-decay --seed --distillation-type
+        --distillation-alpha --distillation-tau --teacher-model --teacher-path --device --output-dir --resume --eval
         --matmul --compile --cuda-graph --clip-grad --track-oscillation --quantizers --backward-rounding
-        --backward-operands --scaling --forward-element --backward-element --dampen --dampen-reduction --freeze
-        --osci-reset --osci-reset-interval --osci-reset-threshold --osci-reset-start --bad-images
+        --backward-operands --scaling --forward-element --backward-element --bad-images
         --save-epochs --save-steps --keep-checkpoints --deterministic
         --accumulate-steps --checkpoint-activations --keep-last-batch --fsdp --check-ranks
         --pretrained --weights --mean --std --exif-orientation --warmup-prefix --no-warmup-prefix""".split()
@@ -845,7 +910,7 @@ def test_switches_make_the_other_tables():
     assert made("--forward-element", "e3m0") == replace(Recipe(), q1=e3m0, q2=e3m0)  # Table 7
     backward = Quantizer(element="e3m0", rounding="stochastic")
     assert made("--backward-element", "e3m0") == Recipe(Quantizer(), Quantizer(), *[backward] * 4)
-    assert made("--q-ema", "--quantizers", "q2") == Recipe().with_only(["q2"]).with_q_ema()
+    assert made("--quantizers", "q2") == Recipe().with_only(["q2"])
     assert made() == RECIPES["tetrajet"]
 
 
@@ -953,7 +1018,8 @@ def test_weights_of_linears_and_of_the_patch_embedding_decay_and_nothing_else(na
     given = ["--lr", "0.004", "--weight-decay", "0.07", "--batch-size", "96", "--device", "cpu"]
     options = parse_args(["--model", name, *OPTIMIZED[name], *given])
     model = build_model(name, 10, options.data.input_size, 0.0, build_recipe(options.precision))
-    optimizer = setup.build_optimizer(options, model, torch.device("cpu"))
+    remedies = Remedies.from_options(options.remedies, RunLength(1, 1))
+    optimizer = build_optimizer(options, model, torch.device("cpu"), remedies.optimizer_class)
     assert type(optimizer) is (RampingAdamW if "--q-ramping" in OPTIMIZED[name] else torch.optim.AdamW)
 
     layers = [layer for layer, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]

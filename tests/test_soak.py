@@ -65,7 +65,7 @@ def test_memory_does_not_grow(method, steps):
             images = torch.randn(4 - i % 2, 6)
             losses[i], _ = step((images, (images[:, 0] > 0).long()))
             if after is not None:
-                after.update()
+                after.after_step()
 
     train(0, WARM_UP)
     tensors, blocks = live_tensors(), sys.getallocatedblocks()

@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 
 from quantization import (
     BLOCK_LINEARS,
-    OSCILLATION_THRESHOLD,
     OscillationWindow,
     TensorPath,
     confidence,
     histogram,
     latent_weight,
+    oscillates,
 )
 from runtime.errors import UserError
 from tracking.oscillation_csv import ALL, Measure, Row
@@ -144,9 +144,7 @@ class OscillationTracker:
         ratios = window.ratios()
         sizes = {name: ratio.numel() for name, ratio in ratios.items()}
         total = sum(sizes.values())
-        oscillating = {
-            name: (ratio > OSCILLATION_THRESHOLD).sum().double() / ratio.numel() for name, ratio in ratios.items()
-        }
+        oscillating = {name: oscillates(ratio).sum().double() / ratio.numel() for name, ratio in ratios.items()}
         yield from _with_mean(Measure.OSCILLATING, oscillating, sizes)
 
         quantizer = next(iter(window.quantized_layers.values())).recipe.q2

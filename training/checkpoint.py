@@ -126,13 +126,24 @@ class Run:
         if self.model_ema is not None:
             sharding.load_model(self.model_ema, state["model_ema"])
         for name, part in self.more.items():
-            part.load_state_dict(state["more"][name])
+            part.load_state_dict(remedies_of(state) if name == "remedies" else state["more"][name])
         for name, part in self.within.items():
             if name in state["within"]:
                 part.load_state_dict(state["within"][name])
         self.epoch, self.best_acc1 = state["epoch"], state["best_acc1"]
         self.sums.load_state_dict(state["sums"][processes.rank()])
         set_rng_state(state["rng"][processes.rank()])
+
+
+def remedies_of(state: dict) -> dict[str, dict]:
+    """The state of each remedy in a checkpoint, by the remedy's name.
+
+    Older checkpoints have that of dampening, freezing or OsciReset under one key, whichever of them the run had.
+    """
+    more = state["more"]
+    if "oscillation" in more:
+        return dict.fromkeys(("dampen", "freeze", "osci_reset"), more["oscillation"])
+    return more.get("remedies", {})
 
 
 def write(state: dict, path: Path, keep: int = 1) -> None:

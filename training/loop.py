@@ -14,17 +14,7 @@ from torch import Tensor, nn
 
 from datasets import CALIBRATION_ORDER, DataConfig, Loaders, set_epoch, take_bad_images
 from engine import EpochSums, TrainStep, evaluate, progress, train_one_epoch
-from quantization import (
-    OSCILLATION_THRESHOLD,
-    Dampen,
-    Freeze,
-    OsciReset,
-    QEma,
-    detect_oscillation,
-    lerp_unless,
-    take_lost_groups,
-    update_periods,
-)
+from quantization import Remedies, copy_precision, detect_oscillation, lerp_unless, take_lost_groups
 from quantization.shards import local
 from runtime import processes, sharding
 from runtime.errors import NonFiniteSteps, Stopped
@@ -37,23 +27,28 @@ from training.run_log import TABLE_HEAD, RunLog, table_row
 
 
 @dataclass
-class QRamping:
-    """Detects oscillation before an epoch and sets the optimizer's periods (paper Algorithm 2)."""
+class RunForRemedies:
+    """What the remedies may use of a training run (`TrainingRun` of quantization/remedies/base.py)."""
 
     model: nn.Module
     step: TrainStep
     loaders: Loaders
     data: DataConfig
-    k1: float
-    k2: int
-    steps: int
     interrupts: Interrupts
 
-    def before_epoch(self, epoch: int) -> dict[str, float]:
-        """Returns numbers for the log. Raises Stopped, with everything restored, if a signal asks the run to end."""
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.step.optimizer
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.loaders.train)
+
+    def measure_ratios(self, epoch: int, steps: int) -> dict[nn.Parameter, Tensor]:
+        """Raises Stopped, with everything restored, if a signal asks the run to end."""
         loader = self.loaders.calibration
         set_epoch(loader, self.data, CALIBRATION_ORDER + epoch)
-        with progress(None, "detect oscillation", total=self.steps) as bar:
+        with progress(None, "detect oscillation", total=steps) as bar:
 
             def train_step(batch) -> None:
                 nonlocal done
@@ -67,17 +62,12 @@ class QRamping:
 
             self.step.place = f"the detection before epoch {epoch + 1}"
             self.model.train()
-            ratios = detect_oscillation(self.model, self.step.optimizer, train_step, loader, self.steps)
+            ratios = detect_oscillation(self.model, self.step.optimizer, train_step, loader, steps)
             self.step.settle()
-        periods = update_periods(ratios, self.k1, self.k2, max_period=len(self.loaders.train))
-        self.step.optimizer.set_periods(periods)
-        oscillating = sum((ratio > OSCILLATION_THRESHOLD).sum() for ratio in ratios.values())
-        sums = torch.stack((oscillating.double(), sum(period.double().sum() for period in periods.values())))
-        if sharding.is_sharded_model(self.model):
-            processes.all_reduce_sum(sums)
-        total = sum(p.numel() for p in ratios)  # over all processes, even if each has only a part
-        oscillating, mean_period = (sums / total).tolist()
-        return {"oscillating": 100 * oscillating, "mean_period": mean_period}
+        return ratios
+
+    def sum_over_shards(self, sums: Tensor) -> Tensor:
+        return processes.all_reduce_sum(sums) if sharding.is_sharded_model(self.model) else sums
 
 
 @dataclass
@@ -98,10 +88,7 @@ class Training:
     """Steps between additional checkpoints within an epoch, or None for no such checkpoints."""
     num_parameters: int
     """Number of parameters of the whole model, for the log."""
-    q_ema: QEma | None = None
-    remedy: Dampen | Freeze | OsciReset | None = None
-    """The remedy for oscillation that follows the weights after each step, besides Q-EMA."""
-    ramping: QRamping | None = None
+    remedies: Remedies = field(default_factory=Remedies)
     tracker: OscillationTracker | None = None
     check: RankCheck | None = None
     _tallies: deque[tuple[int, int | Tensor]] = field(default_factory=lambda: deque(maxlen=MOST_IN_A_ROW + 1))
@@ -152,10 +139,9 @@ class Training:
         self._tallies.clear()
         self._tallies.append((sums.bad_images, sums.lost_groups))
         try:
-            # The first detection comes after T_update = one epoch of steps.
-            if self.ramping is not None and epoch > 0 and sums.steps == 0:
+            if sums.steps == 0:
                 try:
-                    sums.extra = self.ramping.before_epoch(epoch)
+                    sums.extra = self.remedies.before_epoch(epoch)
                 except Stopped:
                     self._stop()
             set_epoch(self.loaders.train, self.data, epoch, sums.steps)
@@ -179,10 +165,7 @@ class Training:
         sums.bad_images += take_bad_images(self.loaders.train)[0]
         sums.lost_groups = sums.lost_groups + take_lost_groups(self.step.device)
         self._tallies.append((sums.bad_images, sums.lost_groups))
-        if self.q_ema is not None:
-            self.q_ema.update(skip)
-        if self.remedy is not None:
-            self.remedy.update(skip)
+        self.remedies.after_step(skip)
         if self.progress.model_ema is not None:
             update_average(self.progress.model_ema, self.progress.model, skip)
         if self.tracker is not None:
@@ -205,12 +188,14 @@ class Training:
         numbers = {"bad_images": count_bad_images(self.loaders, self._named, sums.bad_images)}
         numbers |= {f"test_{name}": value for name, value in tested.items()}
         if self.progress.model_ema is not None:
+            copy_precision(self.progress.model, self.progress.model_ema.module)
             averaged = evaluate(self.progress.model_ema.module, self.loaders.val, device)
-            take_bad_images(self.loaders.val)  # they were counted above
             numbers |= {f"ema_{name}": value for name, value in averaged.items()}
+        numbers |= evaluate_views(self.remedies, self.progress.model, self.loaders, device)
+        take_bad_images(self.loaders.val)  # they were counted above
         lost_groups = int(processes.all_reduce_sum(take_lost_groups(device) + sums.lost_groups).item())
         numbers |= {"n_parameters": self.num_parameters, "lost_groups": lost_groups, **sums.extra}
-        return numbers if self.remedy is None else numbers | self.remedy.numbers()
+        return numbers | self.remedies.log_numbers()
 
     def _saves_epoch(self, epoch: int) -> bool:
         return (epoch + 1) % self.save_epochs == 0 or epoch + 1 == self.epochs
@@ -233,6 +218,15 @@ class Training:
         if received is signal.SIGINT:
             raise KeyboardInterrupt(f"after {done}")
         raise Stopped(f"{name} after {done}; --resume auto --output-dir {self.directory} goes on from there")
+
+
+def evaluate_views(remedies: Remedies, model: nn.Module, loaders: Loaders, device: torch.device) -> dict[str, float]:
+    """The held-out numbers of the model as the remedies see it, besides as it is: `quantized_acc1` of a healed one."""
+    numbers = {}
+    for prefix, context in remedies.views().items():
+        with context:
+            numbers |= {f"{prefix}_{name}": value for name, value in evaluate(model, loaders.val, device).items()}
+    return numbers
 
 
 def count_bad_images(loaders: Loaders, named: set[str], before: int = 0) -> int:

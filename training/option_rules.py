@@ -7,12 +7,14 @@ was received, and the remedy. An option that only needs another one says so in i
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from datasets import DATA_SETS
-from quantization import BACKWARD, FORWARD, has_fp8
+from quantization import BACKWARD, FORWARD, REMEDIES, has_fp8
+from quantization.remedies.base import go_together
 
 if TYPE_CHECKING:
     from training.options import Options
@@ -20,9 +22,10 @@ if TYPE_CHECKING:
 RECIPE_SWITCHES = (
     *("quantizers", "backward_rounding", "backward_operands", "scaling", "forward_element", "backward_element"),
 )
-REMEDIES = ("q_ema", "q_ramping", "dampen", "freeze", "osci_reset")
-"""Options that switch on a remedy for oscillation."""
-WITHOUT_SHARDING = ("dampen", "freeze", "osci_reset", "track_oscillation", "compile")
+WITHOUT_SHARDING = (
+    *(name for name, remedy in REMEDIES.items() if not remedy.can_shard),
+    *("track_oscillation", "compile"),
+)
 """Options that need whole weights."""
 
 
@@ -49,6 +52,15 @@ def _first_given(o: Options, names: tuple[str, ...]) -> str | None:
 
 def _remedies(o: Options) -> list[str]:
     return [name for name in REMEDIES if name in o.given]
+
+
+def _apart(o: Options) -> tuple[str, str] | None:
+    """The first two remedies that do not go together."""
+    return next((pair for pair in combinations(_remedies(o), 2) if not go_together(*pair)), None)
+
+
+def _acting_on_q2(o: Options) -> list[str]:
+    return [name for name in _remedies(o) if REMEDIES[name].needs_q2]
 
 
 def _has_mx_recipe(o: Options) -> bool:
@@ -89,20 +101,19 @@ PRECISION_RULES = (
     Rule(
         lambda o: not _has_mx_recipe(o) and bool(_remedies(o)),
         lambda o: (
-            f"{_flag(_remedies(o)[0])} {'rounds' if o.precision.q_ema else 'needs'} quantized weights, "
-            f"got --quant {o.precision.quant}; add --quant mxfp4"
+            f"{_flag(_remedies(o)[0])} needs quantized weights, got --quant {o.precision.quant}; add --quant mxfp4"
         ),
     ),
     Rule(
-        lambda o: len(_remedies(o)) > 1 and _remedies(o) != ["q_ema", "q_ramping"],
+        lambda o: _apart(o) is not None,
         lambda o: (
-            f"{_flag(_remedies(o)[0])} and {_flag(_remedies(o)[1])} are two remedies for oscillation that "
+            f"{_flag(_apart(o)[0])} and {_flag(_apart(o)[1])} are two remedies for oscillation that "
             "no paper combines; drop one"
         ),
     ),
     Rule(
-        lambda o: bool(_remedies(o)) and _lacks(o, ("q2",)),
-        lambda o: f"{_flag(_remedies(o)[0])} is about weights that q2 quantizes, got {_quantizers(o)}; add q2",
+        lambda o: bool(_acting_on_q2(o)) and _lacks(o, ("q2",)),
+        lambda o: f"{_flag(_acting_on_q2(o)[0])} is about weights that q2 quantizes, got {_quantizers(o)}; add q2",
     ),
     _element_without_quantizer("forward_element", FORWARD),
     _element_without_quantizer("backward_rounding", BACKWARD),

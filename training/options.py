@@ -1,8 +1,9 @@
 """The options of main.py: one frozen dataclass for each group, with the default, range and help of each option.
 
 `parse_args` alone reads an `argparse.Namespace`; everything after it takes `Options`. To add an option, add a field to
-its group. `option_rules.py` has the options that exclude each other. A run that goes on from a checkpoint must have the
-checkpoint's value of every option, except those in `free_on_resume` of the group.
+its group; a remedy declares its options in its own file. `option_rules.py` has the options that exclude each other. A
+run that goes on from a checkpoint must have the checkpoint's value of every option, except those in `free_on_resume` of
+the group.
 """
 
 from __future__ import annotations
@@ -11,17 +12,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields
-from functools import partial
+from dataclasses import Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
 
 import torch
 
-from datasets import DATA_SETS, RAND_AUGMENT, SMALL_DATA, BadImages, Preprocessing
-from quantization import OSCILLATION_THRESHOLD, QUANTIZERS, RECIPES, Element, Matmul, Reduction, Rounding, Scaling
-from quantization.recipe import PAPER_BETA
-from quantization.remedies.freeze import FIRST_THRESHOLD, MOMENTUM
-from quantization.remedies.osci_reset import INTERVAL, START
+from datasets import DATA_SETS, RAND_AUGMENT, SMALL_DATA, BadImages, DataSet, Preprocessing
+from quantization import QUANTIZERS, RECIPES, REMEDIES, Element, Matmul, Rounding, Scaling
+from quantization.option_fields import choice, decay, option, real, share, switch, whole
 from runtime.errors import UserError
 from tracking.oscillation_csv import FILE_NAME
 from training import checkpoint
@@ -45,34 +43,6 @@ MODEL_RECIPES = {
     "swin_small_": {"drop_path": 0.3},
     "swin_base_": {"drop_path": 0.5},
 }
-LARGEST = {int: 2**31 - 1, float: 1e30}
-"""The largest values that C integers and fp32 take."""
-
-
-def number(kind: type, low: float, high: float | None = None, open_high: bool = False) -> Callable[[str], float]:
-    """An argparse type: a `kind` in [low, high], or in [low, high) if `open_high`; `high` is LARGEST[kind] if None."""
-    highest = LARGEST[kind] if high is None else high
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not (low <= value < highest if open_high else low <= value <= highest):
-            limits = f"at least {low}" if high is None else f"from {low} to {high}"
-            if high is None and highest < value < float("inf"):
-                limits += f" and at most {highest}"
-            raise argparse.ArgumentTypeError(
-                f"needs {'a whole number' if kind is int else 'a number'} {limits}"
-                f"{', exclusive' if open_high else ''}, got {text!r}"
-            )
-        return value
-
-    return parse
-
-
-whole, real = partial(number, int), partial(number, float)
-share, decay = real(0, 1), real(0, 1, open_high=True)
 
 
 def quantizer_names(text: str) -> tuple[str, ...]:
@@ -84,52 +54,20 @@ def quantizer_names(text: str) -> tuple[str, ...]:
     return tuple(name for name in QUANTIZERS if name in names)
 
 
-def option(
-    default: object,
-    text: str,
-    kind: Callable[[str], object] | None = None,
-    *,
-    needs: str | None = None,
-    **argparse_options,
-) -> Field:
-    """A field of a group of options.
-
-    `kind` parses the value and refuses what is out of range. To give an option while the one that it `needs` is off is
-    an error. If it is not given then, it is None if its type allows None, else its default.
-    """
-    return field(default=default, metadata={"help": text, "type": kind, "needs": needs, **argparse_options})
-
-
 def by_recipe(default: object, text: str, kind: Callable[[str], object] | None, **argparse_options) -> Field:
     """An option whose default depends on the data set and on the model; `default` is that of DeiT on ImageNet."""
     return field(default=default, metadata={"help": text, "type": kind, "by_recipe": True, **argparse_options})
 
 
-def choice(
-    default: str | None,
-    text: str | Callable[[], str],
-    choices: list[str] | Callable[[], list[str]],
-    *,
-    needs: str | None = None,
-) -> Field:
-    """An option with one of the `choices`. Text and choices that a registry decides are functions."""
-    return field(default=default, metadata={"help": text, "choices": choices, "needs": needs})
-
-
-def switch(text: str | Callable[[], str]) -> Field:
-    """An option without a value, off by default."""
-    return field(default=False, metadata={"help": text, "action": "store_true"})
-
-
 @dataclass(frozen=True)
 class LowPrecision:
-    """The recipe of the block linears, the remedies for oscillation, and what is measured of it."""
+    """The recipe of the block linears, how they are multiplied, and what is measured of their weights."""
 
     title = "low precision"
-    # A checkpoint's identity has the first nine as its recipe, and `q_ramping` as its optimizer.
+    # A checkpoint's identity has all but the last two as its recipe.
     free_on_resume = (
         *("quant", "quantizers", "backward_rounding", "backward_operands", "scaling"),
-        *("forward_element", "backward_element", "q_ema", "q_ema_beta", "q_ramping", "matmul", "track_oscillation"),
+        *("forward_element", "backward_element", "matmul", "track_oscillation"),
     )
 
     quant: str = choice("none", "recipe of the block linears (default: none)", list(RECIPES))
@@ -151,59 +89,23 @@ class LowPrecision:
     backward_element: str | None = choice(
         None, "element format of q3 to q6 (default: the recipe's)", [e.value for e in Element]
     )
-    q_ema: bool = switch("round weights towards their moving average")
-    q_ema_beta: float = option(PAPER_BETA, f"decay of that average (default: {PAPER_BETA})", decay, needs="q_ema")
-    q_ramping: bool = switch("update oscillating weights less often")
-    q_ramping_k1: float = option(
-        16.0,
-        "oscillation ratio for which the period grows by k2 (default: 16)",
-        real(1e-6),
-        needs="q_ramping",
-    )
-    q_ramping_k2: int = option(
-        5, "steps by which the period grows for each k1 (default: 5)", whole(0), needs="q_ramping"
-    )
-    q_ramping_steps: int = option(30, "steps of a detection (default: 30)", whole(1), needs="q_ramping")
-    dampen: float | None = option(
-        None, "pull weights to their rounded values with this weight in the loss (Nagel et al. 2022)", real(0),
-        metavar="WEIGHT",
-    )  # fmt: skip
-    dampen_reduction: str | None = choice(
-        Reduction.SUM.value,
-        "the loss of a layer: the sum over all weights, or Nagel et al.'s mean over the input channels (default: sum)",
-        [r.value for r in Reduction],
-        needs="dampen",
-    )
-    freeze: float | None = option(
-        None,
-        "freeze weights that oscillate more often than this at the end of training, such as 0.01 (Nagel et al. 2022)",
-        real(2 * MOMENTUM, FIRST_THRESHOLD),
-        metavar="THRESHOLD",
-    )
-    osci_reset: bool | None = option(
-        None, "set oscillating weights to their rounded values (TetraJet-v2)", action="store_true"
-    )
-    osci_reset_interval: int | None = option(
-        None,
-        f"steps between two resets (default: {INTERVAL}, but at most a tenth of the run)",
-        whole(1),
-        needs="osci_reset",
-    )
-    osci_reset_threshold: float | None = option(
-        OSCILLATION_THRESHOLD,
-        f"oscillation ratio from which a weight is reset (default: {OSCILLATION_THRESHOLD})",
-        real(1e-6),
-        needs="osci_reset",
-    )
-    osci_reset_start: float | None = option(
-        START, f"share of the run before the first reset (default: {START})", share, needs="osci_reset"
-    )
     matmul: str = choice(
         Matmul.AUTO.value,
         "how quantized operands are multiplied: speed, not results (default: fp8 where the GPU has it)",
         [m.value for m in Matmul],
     )
     track_oscillation: bool = switch(f"measure how the weights oscillate at the end of every epoch, into {FILE_NAME}")
+
+
+def _join_remedies() -> type:
+    """One group of the options that the files of `quantization/remedies/` declare."""
+    joined = [(f.name, f.type, f) for remedy in REMEDIES.values() for f in fields(remedy.options)]
+    free = [name for remedy in REMEDIES.values() for name in getattr(remedy.options, "free_on_resume", ())]
+    facts = {"__doc__": "The remedies for oscillation.", "title": "remedies", "free_on_resume": tuple(free)}
+    return make_dataclass("RemedyOptions", joined, namespace=facts, frozen=True)
+
+
+RemedyOptions = _join_remedies()
 
 
 @dataclass(frozen=True)
@@ -237,7 +139,7 @@ class Data:
     # `bad_images` may change because a first part that did not stop is the same either way.
     free_on_resume = ("data_path", "download", "bad_images", "num_classes", "input_size", "mean", "std", "num_workers")
 
-    data_set: str = choice("DIGITS", lambda: _data_sets_in_words(), lambda: list(DATA_SETS))
+    data_set: str = choice("DIGITS", lambda: _data_sets_in_words(), lambda: [d.name for d in _data_sets()])
     data_path: str | None = option(None, "directory of the data set", metavar="DIR")
     download: bool = switch(lambda: f"let torchvision fetch {', '.join(downloadable())} to --data-path")
     bad_images: str = choice(
@@ -342,6 +244,7 @@ def names_of(group: type) -> list[str]:
 
 GROUPS = {
     "precision": LowPrecision,
+    "remedies": RemedyOptions,
     "model": Model,
     "data": Data,
     "training": Training,
@@ -352,7 +255,10 @@ FIELDS: dict[str, Field] = {f.name: f for group in GROUPS.values() for f in fiel
 """Every option by name."""
 SAME_ON_RESUME = tuple(f.name for group in GROUPS.values() for f in fields(group) if f.name not in group.free_on_resume)
 """The options whose values a checkpoint's identity records, because a resumed run must train as its first part did."""
-RECIPE_OPTIONS = tuple(f.name for f in fields(LowPrecision) if f.name not in ("matmul", "track_oscillation"))
+RECIPE_OPTIONS = (
+    *(name for name in names_of(LowPrecision) if name not in ("matmul", "track_oscillation")),
+    *names_of(RemedyOptions),
+)
 """The options that make up the recipe and the remedies: to give one is to choose them all anew."""
 
 
@@ -369,6 +275,7 @@ class Options:
     """A command line with every default filled in."""
 
     precision: LowPrecision
+    remedies: RemedyOptions
     model: Model
     data: Data
     training: Training
@@ -416,9 +323,14 @@ def build_parser() -> Parser:
     return parser
 
 
+def _data_sets() -> list[DataSet]:
+    """The data sets in the order of --help: those held in memory first."""
+    return sorted(DATA_SETS.values(), key=lambda data_set: data_set.one_file_per_image)
+
+
 def _data_sets_in_words() -> str:
-    lines = ("default: DIGITS", *(f"{name}: {data_set.description}" for name, data_set in DATA_SETS.items()))
-    large = " and ".join(name for name, data_set in DATA_SETS.items() if not data_set.options)
+    lines = ("default: DIGITS", *(f"{data_set.name}: {data_set.description}" for data_set in _data_sets()))
+    large = " and ".join(data_set.name for data_set in _data_sets() if not data_set.options)
     return "\n".join((*lines, f"Small data below is all but {large}."))
 
 

@@ -124,6 +124,8 @@ def table_row(numbers: dict[str, float], epochs: int) -> str:
     row += f"{numbers['img_per_s']:>8.0f} {numbers['lr']:>8.1e}"
     if "ema_acc1" in numbers:
         row += f"   average: {numbers['ema_acc1']:.2f} %"
+    if "quantized_acc1" in numbers:
+        row += f"   healed; quantized: {numbers['quantized_acc1']:.2f} %"
     if "oscillating" in numbers:
         row += f"   {numbers['oscillating']:.2f} % oscillate, mean period {numbers['mean_period']:.2f}"
     if numbers["lost_groups"]:

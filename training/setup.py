@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -12,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from timm.data import Mixup
-from timm.optim import param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -35,19 +34,18 @@ from quantization import (
     FORWARD,
     QUANTIZERS,
     RECIPES,
+    REMEDIES,
     Coverage,
-    Dampen,
-    Freeze,
     Int4Recipe,
-    OsciReset,
-    QEma,
-    RampingAdamW,
     Recipe,
+    Remedies,
+    RunLength,
     Status,
     has_fp8,
     initialise_steps,
     set_matmul,
 )
+from quantization.formats import GROUP_SIZE
 from runtime import processes, sharding
 from runtime.errors import NonFiniteSteps, UserError
 from runtime.files import exclusive
@@ -58,7 +56,7 @@ from runtime.rank_check import RankCheck
 from tracking import oscillation_csv
 from tracking.tracker import OscillationTracker
 from training import checkpoint
-from training.loop import QRamping, Training, count_bad_images
+from training.loop import RunForRemedies, Training, count_bad_images, evaluate_views
 from training.losses import Criterion, DistillationLoss, Renormalization, base_criterion
 from training.models import (
     build_model,
@@ -68,6 +66,7 @@ from training.models import (
     preprocessing_of,
     share_weights,
 )
+from training.optimizer import build_optimizer, build_scheduler
 from training.options import FIELDS, SAME_ON_RESUME, LowPrecision, Options, flag
 from training.run_log import RunLog, json_line
 from training.weights import Weights, fit_weights, load_weights, read_weights
@@ -83,6 +82,7 @@ def implied_identity(classes: tuple[str, ...] | None = None) -> dict[str, object
     images were normalized by ImageNet's numbers. Names of classes were not stored, so they are taken to be these.
     """
     implied = {OPTIMIZER: "AdamW", CLASSES: classes, "mean": Preprocessing().mean, "std": Preprocessing().std}
+    implied["group size"] = 32
     for name in SAME_ON_RESUME:
         f = FIELDS[name]
         implied[flag(name)] = None if f.metadata.get("needs") and "None" in f.type else f.default
@@ -98,6 +98,7 @@ class Setup:
     data: DataConfig
     loaders: Loaders
     model: nn.Module
+    remedies: Remedies
     identity: dict[str, object]
     """The settings that a checkpoint must share with this model."""
     coverage: Coverage | None
@@ -121,7 +122,23 @@ def build_recipe(precision: LowPrecision) -> Recipe | Int4Recipe:
     ):
         if value is not None:
             recipe = recipe.with_quantizers(names, **{change: value})
-    return recipe.with_q_ema(precision.q_ema_beta) if precision.q_ema else recipe
+    return recipe
+
+
+def build_remedies(options: Options, loaders: Loaders) -> Remedies:
+    """The remedies that the options ask for. Raises UserError for options that do not fit the run."""
+    steps_per_epoch = 0 if loaders.train is None else len(loaders.train)
+    with users_mistakes():
+        return Remedies.from_options(options.remedies, RunLength(options.training.epochs, steps_per_epoch))
+
+
+@contextmanager
+def users_mistakes() -> Iterator[None]:
+    """A ValueError of a remedy about its options becomes a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def preprocessing(options: Options) -> Preprocessing:
@@ -165,17 +182,20 @@ def seed_generators(seed: int) -> None:
 def prepare(options: Options, device: torch.device) -> Setup:
     """The data and the model on its device. Raises UserError for what does not fit."""
     input_size = options.data.input_size or model_input_size(options.model.model)
-    recipe = build_recipe(options.precision)
     data = data_config(options, input_size)
     loaders = build_loaders(data)
     if options.data.num_classes not in (None, loaders.num_classes):
         raise UserError(
             f"--num-classes {options.data.num_classes} does not fit the data, which has {loaders.num_classes} classes"
         )
+    remedies = build_remedies(options, loaders)
+    recipe = remedies.change_recipe(build_recipe(options.precision))
     seed_generators(options.training.seed)
     name = options.model.model
     fetched = options.model.pretrained and not find_resume(options)
     model = build_model(name, loaders.num_classes, input_size, options.model.drop_path, recipe, pretrained=fetched)
+    with users_mistakes():
+        remedies.change_model(model)
     if options.model.finetune:
         which = Weights(options.model.weights)
         load_weights(model, options.model.finetune, new_head=not options.run.eval, which=which)
@@ -192,42 +212,14 @@ def prepare(options: Options, device: torch.device) -> Setup:
         "number of classes": loaders.num_classes,
         "input size": input_size,
         "recipe": recipe.describe(),
+        "group size": GROUP_SIZE,
         "mean": data.preprocessing.mean,
         "std": data.preprocessing.std,
         CLASSES: loaders.classes,
     }
-    return Setup(options, device, data, loaders, model, identity, covered)
-
-
-def build_optimizer(options: Options, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW with the learning rate of 512 images, scaled linearly with the global batch.
-
-    1-d parameters and those that `model.no_weight_decay()` names (tokens, position embeddings) have no weight decay.
-    """
-    training = options.training
-    no_decay = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups = param_groups_weight_decay(model, training.weight_decay, no_weight_decay_list=no_decay)
-    lr = training.lr * training.batch_size * processes.world_size() / 512
-    common = {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8}
-    if options.precision.q_ramping:
-        return RampingAdamW(groups, **common)
-    return torch.optim.AdamW(groups, **common, fused=device.type == "cuda")
-
-
-def build_scheduler(options: Options, optimizer: torch.optim.Optimizer) -> CosineLRScheduler:
-    """One learning rate per epoch: a linear warm-up, then a cosine.
-
-    DeiT's cosine is as long as the run, and the warm-up replaces its beginning; Swin's begins after the warm-up.
-    """
-    training = options.training
-    return CosineLRScheduler(
-        optimizer,
-        training.epochs - training.warmup_epochs if training.warmup_prefix else training.epochs,
-        training.min_lr,
-        warmup_t=training.warmup_epochs,
-        warmup_lr_init=training.warmup_lr,
-        warmup_prefix=training.warmup_prefix,
-    )
+    evaluated = [n for n in SAME_ON_RESUME if n in REMEDIES and REMEDIES[n].in_evaluation]
+    identity |= {flag(n): getattr(options.remedies, n) for n in evaluated}
+    return Setup(options, device, data, loaders, model, remedies, identity, covered)
 
 
 def build_mixup(options: Options, num_classes: int) -> Mixup | None:
@@ -277,18 +269,6 @@ def teachers_preprocessing(options: Options) -> Preprocessing:
     return preprocessing_of(distillation.teacher_model, "--teacher-model") if in_files else default
 
 
-def build_remedy(precision: LowPrecision, model: nn.Module, total_steps: int) -> Dampen | Freeze | OsciReset | None:
-    """The remedy for oscillation that follows every step, other than Q-EMA and Q-Ramping."""
-    if precision.dampen is not None:
-        return Dampen(model, total_steps, precision.dampen, precision.dampen_reduction)
-    if precision.freeze is not None:
-        return Freeze(model, total_steps, precision.freeze)
-    if precision.osci_reset:
-        start, interval = precision.osci_reset_start, precision.osci_reset_interval
-        return OsciReset(model, total_steps, start, interval, precision.osci_reset_threshold)
-    return None
-
-
 def output_directory(options: Options) -> Path:
     if options.run.output_dir is not None:
         return options.run.output_dir
@@ -313,7 +293,8 @@ def find_resume(options: Options) -> list[Path]:
 def run_identity(setup: Setup) -> dict[str, object]:
     """The settings that a checkpoint must share with this run, so that the run can go on from it."""
     values = setup.options.flat()
-    identity = setup.identity | {OPTIMIZER: "RampingAdamW" if values["q_ramping"] else "AdamW"}
+    optimizer = setup.remedies.optimizer_class or torch.optim.AdamW
+    identity = setup.identity | {OPTIMIZER: optimizer.__name__}
     identity |= {flag(name): values[name] for name in SAME_ON_RESUME}
     if processes.is_main():  # every process would read the same files
         identity[DATA] = fingerprint(setup.data, setup.loaders)
@@ -334,6 +315,7 @@ def evaluate_only(setup: Setup) -> None:
     if resume:
         path, state = checkpoint.load_newest(resume, evaluated_identity(setup), implied_identity(setup.loaders.classes))
         fit_weights(model, state, path, "--resume", new_head=False, which=Weights(options.model.weights))
+        setup.remedies.load_state_dict(checkpoint.remedies_of(state))
     elif options.run.resume:
         raise UserError(f"--eval --resume auto needs {options.run.output_dir / checkpoint.LAST}, which is missing")
     if options.run.fsdp:
@@ -341,7 +323,8 @@ def evaluate_only(setup: Setup) -> None:
         sharding.shard(model, setup.device)
     tested = evaluate(model, setup.loaders.val, setup.device)
     count_bad_images(setup.loaders, set())
-    say(json_line({f"test_{name}": value for name, value in tested.items()}))
+    numbers = {f"test_{name}": value for name, value in tested.items()}
+    say(json_line(numbers | evaluate_views(setup.remedies, model, setup.loaders, setup.device)))
     if not math.isfinite(tested["loss"]):
         raise NonFiniteSteps(f"the held-out loss is {tested['loss']}; the weights hold or give non-finite numbers")
 
@@ -411,23 +394,25 @@ def build_training(setup: Setup, identity: dict, directory: Path, from_start: bo
     num_parameters = sum(p.numel() for p in model.parameters())
     refuse_batch_norms(options, model)
     share_weights(model, device)
-    q_ema = QEma(model) if precision.q_ema else None
+    remedies = setup.remedies
+    with users_mistakes():
+        remedies.attach(model)
     model_ema = ModelEmaV3(model, training.model_ema_decay) if training.model_ema_decay else None
     parallel = spread_over_processes(options, model, model_ema, device)
-    optimizer = build_optimizer(options, model, device)
-    remedy = build_remedy(precision, model, training.epochs * len(loaders.train))
+    optimizer = build_optimizer(options, model, device, remedies.optimizer_class)
     step = TrainStep(
         parallel,
         criterion,
         optimizer,
         device,
         mixup=build_mixup(options, loaders.num_classes),
-        before_update=remedy.add_gradients if isinstance(remedy, Dampen) else None,
+        before_update=remedies.before_update,
         clip_grad=training.clip_grad,
         cuda_graph=options.run.cuda_graph,
         accumulate_steps=training.accumulate_steps,
     )
     interrupts = Interrupts(device)
+    remedies.connect(RunForRemedies(model, step, loaders, setup.data, interrupts))
     tracker = build_tracker(setup) if precision.track_oscillation else None
     progress = checkpoint.Run(
         identity,
@@ -436,7 +421,7 @@ def build_training(setup: Setup, identity: dict, directory: Path, from_start: bo
         build_scheduler(options, optimizer),
         model_ema,
         sums=EpochSums(),
-        more={"skips": step.skips} | ({} if remedy is None else {"oscillation": remedy}),
+        more={"skips": step.skips, "remedies": remedies},
         within={} if tracker is None else {"laboratory": tracker},  # the key of checkpoints that exist
         keep=options.run.keep_checkpoints,
         options=options.to_store(),
@@ -452,9 +437,7 @@ def build_training(setup: Setup, identity: dict, directory: Path, from_start: bo
         save_epochs=options.run.save_epochs,
         save_steps=options.run.save_steps,
         num_parameters=num_parameters,
-        q_ema=q_ema,
-        remedy=remedy,
-        ramping=build_ramping(setup, step, interrupts) if precision.q_ramping else None,
+        remedies=remedies,
         tracker=tracker,
     )
 
@@ -497,12 +480,6 @@ def spread_over_processes(
     return model
 
 
-def build_ramping(setup: Setup, step: TrainStep, interrupts: Interrupts) -> QRamping:
-    precision = setup.options.precision
-    k1, k2, steps = precision.q_ramping_k1, precision.q_ramping_k2, precision.q_ramping_steps
-    return QRamping(setup.model, step, setup.loaders, setup.data, k1, k2, steps, interrupts)
-
-
 def describe(setup: Setup, directory: Path, num_parameters: int) -> None:
     """Say in a few lines what is about to run."""
     options, loaders, device = setup.options, setup.loaders, setup.device
@@ -518,7 +495,7 @@ def describe(setup: Setup, directory: Path, num_parameters: int) -> None:
     say(f"recipe  {setup.identity['recipe']}" + (f", {how} in {arithmetic}" if quant != "none" else ""))
     if options.run.compile and device.type == "cpu":
         say("note    --compile is for GPUs; on a CPU it gains nothing")
-    if options.precision.q_ema and options.precision.q_ramping:
+    if options.remedies.q_ema and options.remedies.q_ramping:
         say("note    the paper does not study Q-EMA and Q-Ramping together (C.4); detection measures plain rounding")
     say(
         f"data    {setup.data.name}: {len(loaders.train.dataset):,} training and {held_out:,} held-out images "

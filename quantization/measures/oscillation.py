@@ -36,6 +36,11 @@ def oscillation_ratio(weight_path: Tensor, quantized_path: Tensor) -> Tensor:
     return torch.where(weight_path > 0, quantized_path / weight_path, 0)
 
 
+def oscillates(ratio: Tensor) -> Tensor:
+    """Where a weight counts as oscillating, bool: its ratio R_w exceeds 16 (paper section 6)."""
+    return ratio > OSCILLATION_THRESHOLD
+
+
 class PathLength:
     """Path length per element: the sum of |x_t - x_(t-1)| over the steps since `start`, in fp32."""
 

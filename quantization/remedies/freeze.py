@@ -22,16 +22,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..averages import lerp_unless
 from ..formats import GROUP_SIZE, MAX_MAGNITUDE_CODE, SIGN_CODE
 from ..linear import QuantLinear
 from ..mx import quantize_mx
 from ..optim.step_count import StepCount
+from ..option_fields import option, real
 from ..swap import plain_weight_linears
-from .q_ema import lerp_unless
-from .schedule import cosine
+from .base import Remedy, RunLength, remedy
+from .cosine import cosine
 
 MOMENTUM = 0.001  # Nagel et al.'s default
 FIRST_THRESHOLD = 0.1  # where the threshold's cosine starts
+
+
+@dataclass(frozen=True)
+class FreezeOptions:
+    freeze: float | None = option(
+        None,
+        "freeze weights that oscillate more often than this at the end of training, such as 0.01 (Nagel et al. 2022)",
+        real(2 * MOMENTUM, FIRST_THRESHOLD),
+        metavar="THRESHOLD",
+    )
 
 
 @dataclass
@@ -50,19 +62,21 @@ class _Track:
         return {name: getattr(self, name) for name in ("codes", "direction", "frequency", "mean_code", "frozen")}
 
 
-class Freeze(StepCount):
+@remedy("freeze", FreezeOptions)
+class Freeze(StepCount, Remedy):
     """Tracks every quantized weight and freezes those that oscillate, by writing their value after every step.
 
     This acts like a gradient of 0, and the layer needs no other forward pass: a model with frozen weights is an
     ordinary one. In the first quarter of the run nothing freezes; then the threshold follows a cosine from 0.1 to
     `threshold`.
 
-    Raises ValueError for a threshold above 0.1, for one below twice the momentum (a single oscillation would freeze a
-    weight), for fewer than one step, and for a model without weights that Q2 quantizes without Q-EMA.
+    `model` is attached at once, unless it is None. Raises ValueError for a threshold above 0.1, for one below twice the
+    momentum (a single oscillation would freeze a weight), and for fewer than one step.
     """
 
-    @torch.no_grad()
-    def __init__(self, model: nn.Module, total_steps: int, threshold: float, momentum: float = MOMENTUM) -> None:
+    can_shard = False
+
+    def __init__(self, model: nn.Module | None, total_steps: int, threshold: float, momentum: float = MOMENTUM) -> None:
         if not 2 * momentum <= threshold <= FIRST_THRESHOLD or total_steps < 1:
             raise ValueError(
                 f"threshold must lie between twice the momentum, {2 * momentum}, and {FIRST_THRESHOLD}, and "
@@ -70,6 +84,16 @@ class Freeze(StepCount):
             )
         super().__init__()
         self.threshold, self.momentum, self.total_steps = threshold, momentum, total_steps
+        if model is not None:
+            self.attach(model)
+
+    @classmethod
+    def from_options(cls, options: FreezeOptions, length: RunLength) -> Freeze:
+        return cls(None, length.steps, options.freeze)
+
+    @torch.no_grad()
+    def attach(self, model: nn.Module) -> None:
+        """Raises ValueError for a model without weights that Q2 quantizes without Q-EMA."""
         self._tracks = []
         for layer in plain_weight_linears(model):
             codes, _ = _codes_and_scales(layer)
@@ -85,8 +109,7 @@ class Freeze(StepCount):
         return float("inf") if threshold is None else threshold
 
     @torch.no_grad()
-    def update(self, skip: Tensor | None = None) -> None:
-        """Call once after every optimizer step. A skipped one, for which `skip` is 1 on the device, changes nothing."""
+    def after_step(self, skip: Tensor | None = None) -> None:
         threshold = self.threshold_after(self.step + 1)
         self.count(skip)
         for track in self._tracks:
@@ -109,8 +132,8 @@ class Freeze(StepCount):
             frozen.copy_(torch.where(freezes, values, frozen))
             weight.copy_(torch.where(freezes, values, weight))
 
-    def numbers(self) -> dict[str, float]:
-        """The number for the log: the share of frozen weights in percent."""
+    def log_numbers(self) -> dict[str, float]:
+        """The share of frozen weights in percent."""
         total = sum(track.frozen.numel() for track in self._tracks)
         return {"frozen": 100 * float(sum((~track.frozen.isnan()).sum() for track in self._tracks)) / total}
 

@@ -9,6 +9,8 @@ If r reaches the threshold, w <- Q2(w), the middle of its rounding cell. Optimiz
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -16,59 +18,131 @@ from torch import Tensor, nn
 
 from ..measures.oscillation import OSCILLATION_THRESHOLD, PathLengths
 from ..optim.step_count import StepCount
+from ..option_fields import option, real, switch, whole
 from ..swap import plain_weight_linears
+from .base import Remedy, RunLength, remedy
 
 START = 0.6  # TetraJet-v2's runs begin between 59 % and 69 %
 WINDOW = 50  # steps that are measured
 INTERVAL = 1000  # steps from the start of one window to the start of the next
 
 
-class OsciReset(StepCount):
+def share_or_steps(text: str) -> float:
+    """An argparse type: a share of the run in [0, 1], or a whole number of steps above 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if 0 <= value <= 1 or (1 < value <= 2**31 - 1 and value.is_integer()):
+        return value
+    raise argparse.ArgumentTypeError(f"needs a share of the run from 0 to 1, or a whole number of steps, got {text!r}")
+
+
+@dataclass(frozen=True)
+class OsciResetOptions:
+    osci_reset: bool | None = switch("set oscillating weights to their rounded values (TetraJet-v2)", default=None)
+    osci_reset_interval: int | None = option(
+        None,
+        "steps from the start of one window to the start of the next "
+        f"(default: --osci-reset-window if that is given; else {INTERVAL}, but at most a tenth of the run)",
+        whole(1),
+        needs="osci_reset",
+    )
+    osci_reset_window: int | None = option(
+        None,
+        f"steps that are measured before a reset (default: {WINDOW}, but at most the interval)",
+        whole(1),
+        needs="osci_reset",
+    )
+    osci_reset_threshold: float | None = option(
+        OSCILLATION_THRESHOLD,
+        f"oscillation ratio from which a weight is reset (default: {OSCILLATION_THRESHOLD})",
+        real(1e-6),
+        needs="osci_reset",
+    )
+    osci_reset_start: float | None = option(
+        START,
+        f"share of the run before the first window, or a number of steps above 1 (default: {START})",
+        share_or_steps,
+        needs="osci_reset",
+    )
+
+
+@remedy("osci_reset", OsciResetOptions)
+class OsciReset(StepCount, Remedy):
     """Measures in windows and resets at the end of each.
 
-    The first window begins at the share `start` of the run, and another one every `interval` steps from there. Each
-    lasts 50 steps, or the interval if that is shorter. `interval` is TetraJet-v2's 1000 steps if none is given, but at
-    most a tenth of the run, so that runs shorter than theirs (12,505 steps and more) have resets, too. TetraJet-v2
+    The first window begins at the share `start` of the run, or after `start` steps if that is more than 1, and another
+    one every `interval` steps from there. Each lasts `window` steps. The defaults are TetraJet-v2's window of 50 steps,
+    at most the interval, and its interval of 1000 steps, but at most a tenth of the run, so that runs shorter than
+    theirs (12,505 steps and more) have resets, too. If only `window` is given, windows lie back to back: AMD's Primus
+    takes a window of 200 steps, a threshold of 3 and a start of 1500 (`optimizer/weight_deosc.py`). TetraJet-v2
     resets one step after the last step of a window; here it is directly after it. The state of an open window is part
     of `state_dict`.
 
-    Raises ValueError for a start outside [0, 1], an interval or a run of less than one step, a threshold that is not
-    positive, and a model without weights that Q2 quantizes without Q-EMA.
+    `model` is attached at once, unless it is None. Raises ValueError for a start that is neither a share nor a number
+    of steps or leaves no window in the run, for an interval, a window or a run of less than one step, for a window
+    longer than the interval, and for a threshold that is not positive.
     """
+
+    can_shard = False
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         total_steps: int,
         start: float = START,
         interval: int | None = None,
         threshold: float = OSCILLATION_THRESHOLD,
+        window: int | None = None,
     ) -> None:
         if interval is None:
-            interval = max(1, min(INTERVAL, total_steps // 10))
-        if not 0 <= start <= 1 or min(interval, total_steps) < 1 or threshold <= 0:
+            interval = max(1, min(INTERVAL, total_steps // 10)) if window is None else window
+        window = min(WINDOW, interval) if window is None else window
+        if start < 0 or (start > 1 and start % 1) or min(interval, window, total_steps) < 1 or threshold <= 0:
             raise ValueError(
-                "need start in [0, 1], interval and total_steps of at least 1 and a positive threshold; "
-                f"got {start}, {interval}, {total_steps} and {threshold}"
+                "need a start that is a share or a number of steps, interval, window and total_steps of at least 1 and "
+                f"a positive threshold; got {start}, {interval}, {window}, {total_steps} and {threshold}"
+            )
+        if window > interval:
+            raise ValueError(
+                f"--osci-reset-window must be at most --osci-reset-interval, {interval}, got {window}; lower it"
+            )
+        if start > 1 and start + window > total_steps:
+            raise ValueError(
+                f"--osci-reset-start must leave the window of {window} steps within the run's {total_steps}, "
+                f"got {start:g}; lower it"
             )
         super().__init__()
-        self.model, self.threshold, self.interval = model, threshold, interval
-        self.start = max(1, ceil(start * total_steps))
+        self.threshold, self.interval, self.window = threshold, interval, window
+        self.start = max(1, ceil(start * total_steps if start <= 1 else start))
         """The number of optimizer steps before the first window."""
-        self.window = min(WINDOW, interval)
-        self._layers = plain_weight_linears(model)
         self._paths: PathLengths | None = None
         self._next: tuple[int, PathLengths | None] | None = None
         """(n, window): `window` replaces `_paths` once n optimizer steps have been counted."""
+        if model is not None:
+            self.attach(model)
+
+    @classmethod
+    def from_options(cls, options: OsciResetOptions, length: RunLength) -> OsciReset:
+        return cls(
+            None,
+            length.steps,
+            options.osci_reset_start,
+            options.osci_reset_interval,
+            options.osci_reset_threshold,
+            options.osci_reset_window,
+        )
+
+    def attach(self, model: nn.Module) -> None:
+        """Raises ValueError for a model without weights that Q2 quantizes without Q-EMA."""
+        self.model, self._layers = model, plain_weight_linears(model)
         self.resets = torch.zeros((), dtype=torch.int64, device=self._layers[0].weight.device)
         """The number of resets so far, of all weights together."""
 
     @torch.no_grad()
-    def update(self, skip: Tensor | None = None) -> None:
-        """Call once after every optimizer step. A skipped one, for which `skip` is 1 on the device, changes nothing.
-
-        No weight moves in a skipped step, so recording it adds nothing to the paths.
-        """
+    def after_step(self, skip: Tensor | None = None) -> None:
+        """No weight moves in a skipped step, so recording it adds nothing to the paths."""
         paths = following = self._window()
         step = self.step + 1
         in_interval = (step - self.start) % self.interval
@@ -100,8 +174,7 @@ class OsciReset(StepCount):
             layer.weight.copy_(torch.where(oscillates, layer.quantized_weight(), layer.weight))
             self.resets += oscillates.sum()
 
-    def numbers(self) -> dict[str, float]:
-        """The number for the log."""
+    def log_numbers(self) -> dict[str, float]:
         return {"resets": int(self.resets)}
 
     def state_dict(self) -> dict:

@@ -6,30 +6,58 @@ The rounding itself is `Rounding.EMA` in the quantizer.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from ..operators import HAS_TRITON
+from ..averages import lerp_unless
 from ..optim.step_count import count_steps
+from ..option_fields import decay, option, switch
+from ..recipe import PAPER_BETA, Recipe
 from ..shards import local
 from ..swap import quant_linears
-
-if HAS_TRITON:
-    from ..triton import lerp as lerp_kernel
-    from ..triton import multi_tensor
-else:
-    lerp_kernel = None
+from .base import Remedy, RunLength, remedy
 
 
-class QEma:
+@dataclass(frozen=True)
+class QEmaOptions:
+    # A checkpoint's identity has both as a part of its recipe.
+    free_on_resume = ("q_ema", "q_ema_beta")
+
+    q_ema: bool = switch("round weights towards their moving average")
+    q_ema_beta: float = option(PAPER_BETA, f"decay of that average (default: {PAPER_BETA})", decay, needs="q_ema")
+
+
+@remedy("q_ema", QEmaOptions)
+class QEma(Remedy):
     """Advances the moving averages of a model's weights: W_ema <- beta W_ema + (1 - beta) W after every update of W.
 
-    An average that was never advanced starts at the present weight, even if the weight has changed since the layer was
-    made (initialisation, a loaded checkpoint). Raises ValueError for a model without Q-EMA layers, and for averages in
-    half precision, which a step of (1 - beta) would not move.
+    `model` is attached at once if it is given. `beta` enters the recipe by `change_recipe`; a model that exists has its
+    own in the recipe of each layer.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    goes_with = ("q_ramping",)
+    in_evaluation = True
+
+    def __init__(self, model: nn.Module | None = None, beta: float = PAPER_BETA) -> None:
+        self.beta = beta
+        if model is not None:
+            self.attach(model)
+
+    @classmethod
+    def from_options(cls, options: QEmaOptions, length: RunLength) -> QEma:
+        return cls(beta=options.q_ema_beta)
+
+    def change_recipe(self, recipe: Recipe) -> Recipe:
+        return recipe.with_q_ema(self.beta)
+
+    def attach(self, model: nn.Module) -> None:
+        """Start an average that was never advanced at the present weight.
+
+        The weight may have changed since the layer was made (initialisation, a loaded checkpoint). Raises ValueError
+        for a model without Q-EMA layers, and for averages in half precision, which a step of (1 - beta) would not move.
+        """
         self.layers = [layer for layer in quant_linears(model).values() if layer.recipe.q_ema_beta is not None]
         if not self.layers:
             raise ValueError("the model has no Q-EMA layer; build it with a recipe whose q_ema_beta is set")
@@ -42,8 +70,7 @@ class QEma:
                 layer.reset_ema()
 
     @torch.no_grad()
-    def update(self, skip: Tensor | None = None) -> None:
-        """Call once after every optimizer step. If `skip` is 1, neither averages nor counters change."""
+    def after_step(self, skip: Tensor | None = None) -> None:
         shares = [1 - layer.recipe.q_ema_beta for layer in self.layers]
         averages = [local(layer.weight_ema) for layer in self.layers]
         weights = [local(layer.weight) for layer in self.layers]
@@ -53,22 +80,3 @@ class QEma:
             for average, weight, share in zip(averages, weights, shares):
                 lerp_unless(skip, [average], [weight], share)
         count_steps([layer.ema_updates for layer in self.layers], skip)
-
-
-def lerp_unless(skip: Tensor | None, averages: list[Tensor], targets: list[Tensor], weight: float) -> None:
-    """averages += weight (targets - averages), in place; nothing changes if `skip`, an fp32 scalar of 0 or 1, is 1.
-
-    `skip` may be on the device; the host does not read it. Every operation rounds once, so the bits are the same on
-    every processor; those of `torch.lerp` are not, because some processors fuse its multiplication with its addition.
-    """
-    alike = [t.shape for t in averages] == [t.shape for t in targets]
-    tensors = [*averages, *targets] if skip is None else [skip, *averages, *targets]
-    if alike and lerp_kernel is not None and multi_tensor.fits(tensors):
-        lerp_kernel.step(averages, targets, weight, skip)
-        return
-    for average, target in zip(averages, targets):
-        if weight < 0.5:
-            new = average + (target - average) * weight
-        else:  # with a weight of 1, the average becomes exactly the target
-            new = target + (average - target) * (1 - weight)
-        average.copy_(new if skip is None else torch.where(skip > 0, average, new))

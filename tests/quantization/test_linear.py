@@ -526,7 +526,7 @@ class TestWeightsQuantizedOnce:
             lambda layer: torch.optim.SGD([layer.weight], lr=1.0).step(),
             lambda layer: (layer.weight_ema.add_(0.2), layer.ema_updates.fill_(10)),
             lambda layer: layer.ema_updates.zero_(),
-            lambda layer: QEma(layer).update(),
+            lambda layer: QEma(layer).after_step(),
             lambda layer: setattr(layer, "use_q_ema", False),
             lambda layer: setattr(layer, "recipe", Recipe(q2=OFF)),
         ],
@@ -573,7 +573,7 @@ class TestQEma:
                 for layer in layers:
                     layer.weight += 0.1 * (step % 5 - 1)
             skipped = flagged and step % 3 == 2
-            q_ema.update(torch.tensor(float(skipped), device=device) if flagged else None)
+            q_ema.after_step(torch.tensor(float(skipped), device=device) if flagged else None)
             updates += not skipped
             for i, (layer, beta) in enumerate(zip(layers, betas)):
                 if not skipped:
@@ -592,7 +592,7 @@ class TestQEma:
             with torch.no_grad():
                 for layer in layers.values():
                     layer.weight += moves[int(skip is None)]
-            q_ema.update(skip)
+            q_ema.after_step(skip)
             for name, start in starts.items():
                 wanted = betas[name] * start + (1 - betas[name]) * layers[name].weight.detach().double()
                 assert relative_error(layers[name].weight_ema, wanted) < 1e-6
@@ -604,7 +604,7 @@ class TestQEma:
         layer.weight_ema.add_(randn(45, 70))
         plain = quantize_mx(layer.weight).dequantize()
         for update in range(1, 12):
-            q_ema.update()
+            q_ema.after_step()
             expected = (
                 plain if update < 10 else quantize_mx(layer.weight, rounding="ema", ema=layer.weight_ema).dequantize()
             )

@@ -22,7 +22,7 @@ def test_an_average_stays_in_fp32_and_moves(dtype):
     q_ema = QEma(model)
     nn.init.ones_(layer.weight)
     for _ in range(1000):
-        q_ema.update()
+        q_ema.after_step()
     start = layer.weight.new_tensor(0.9).item()
     wanted = 1 - (1 - start) * 0.998**1000
     assert layer.weight_ema.dtype is torch.float32 and layer.weight_ema[0, 0].item() == pytest.approx(wanted, abs=1e-5)

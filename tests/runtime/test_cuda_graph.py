@@ -49,7 +49,7 @@ def train(
         optimizer.param_groups[0]["lr"] = 1e-3 / (i + 1)
         losses.append(step(batch)[0])
         if q_ema:
-            q_ema.update()
+            q_ema.after_step()
     return losses, step
 
 

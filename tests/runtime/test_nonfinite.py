@@ -65,7 +65,7 @@ class Training:
     def __call__(self, batch: Batch, seed: int) -> None:
         torch.manual_seed(seed)  # stochastic rounding draws the same in runs with and without the steps before
         self.step(batch)
-        self.q_ema.update(self.step.skip)
+        self.q_ema.after_step(self.step.skip)
         update_average(self.average, self.model, self.step.skip)
 
     def state(self) -> list[Tensor]:
@@ -349,7 +349,10 @@ def poisoned(monkeypatch, small_runs):
     return poison
 
 
-@pytest.mark.parametrize("answer", [["--q-ema"], ["--freeze", "0.01"], ["--osci-reset"], ["--dampen", "0.1"]])
+@pytest.mark.parametrize(
+    "answer",
+    [["--q-ema"], ["--freeze", "0.01"], ["--osci-reset"], ["--dampen", "0.1"], ["--heal", "1", "--keep-blocks", "0"]],
+)
 def test_a_run_counts_what_it_skips(answer, poisoned, capsys):
     poisoned(range(3, 5))
     assert main([*RUN, *answer, "--model-ema-decay", "0.9"]) == 0
@@ -362,7 +365,8 @@ def test_a_run_counts_what_it_skips(answer, poisoned, capsys):
     if answer == ["--q-ema"]:
         assert {int(v) for name, v in state["model"].items() if name.endswith("ema_updates")} == {done}
     else:
-        assert state["more"]["oscillation"]["step"] == done
+        steps = {remedy["step"] for remedy in state["more"]["remedies"].values() if "step" in remedy}
+        assert steps == (set() if "--heal" in answer else {done})
     assert all(v.isfinite().all() for part in ("model", "model_ema") for v in state[part].values())
 
 

@@ -32,8 +32,10 @@ ALL = ["--q-ema", "--q-ramping", "--q-ramping-steps", "2", "--model-ema-decay", 
 CLIPPED = ["--clip-grad", "0.1"]
 TRACKED = [*COMMON, "--epochs", "2", "--batch-size", "33", "--clip-grad", "0.5", "--track-oscillation"]
 SWIN = [*SHORT, *ALL, "--model", "swin_tiny_patch4_window7_224", "--input-size", "16", "--epochs", "1"]
+SWIN += ["--keep-blocks", "0"]
 STUDENT = [*SHORT, "--model", "deit_tiny_distilled_patch16_224", "--input-size", "32", "--epochs", "1"]
 STUDENT += ["--distillation-type", "soft", "--teacher-path", "teacher.pth", "--teacher-model", "deit_micro_patch4_32"]
+STUDENT += ["--heal", "1"]
 RANDOM = [*SHORT, "--batch-size", "50", "--epochs", "1", "--drop-path", "0.5", "--mixup", "0.8", "--cutmix", "1"]
 
 # Each process does the runs of runs.json, [arguments, more] each, in one process group: starting it takes longest.

@@ -58,11 +58,11 @@ class Parts:
             self.optimizer.zero_grad()
             self.model(x).square().mean().backward()
             if isinstance(self.answer, Dampen):
-                self.answer.add_gradients()
+                self.answer.before_update()
             self.optimizer.step()
             for part in (self.q_ema, self.answer):
                 if part is not None:
-                    part.update()
+                    part.after_step()
             if self.model_ema is not None:
                 self.model_ema.update(self.model)
         self.run.epoch += steps

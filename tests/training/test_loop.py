@@ -120,7 +120,7 @@ class TestDetection:
         seen: list[torch.Tensor] = []
         handle = training.progress.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
         for epoch in (1, 2):
-            training.ramping.before_epoch(epoch)
+            training.remedies["q_ramping"].before_epoch(epoch)
         handle.remove()
         for epoch in (1, 2):
             set_epoch(training.loaders.train, training.data, epoch)
@@ -132,7 +132,7 @@ class TestDetection:
     def test_its_numbers_are_those_of_the_periods(self, training):
         """With k1 = 16 and k2 = 1 a weight's period exceeds 1 where it oscillates. Both numbers are over all weights,
         the share is in percent."""
-        numbers = training.ramping.before_epoch(1)
+        numbers = training.remedies["q_ramping"].before_epoch(1)
         state = training.step.optimizer.state
         weights = [layer.weight for layer in quant_linears(training.progress.model).values()]
         periods = torch.cat([state[weight]["period"].double().flatten() for weight in weights])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from main import main
+from quantization import REMEDIES, Recipe, Remedies, RunLength
 from runtime.errors import UserError
 from training.options import SAME_ON_RESUME, build_parser, flag, parse_args
 from training.setup import build_recipe
@@ -27,6 +28,7 @@ def read_options() -> set[str]:
     paths = [
         path for path in (REPOSITORY / "training").glob("*.py") if path.name not in ("options.py", "option_rules.py")
     ]
+    paths += (REPOSITORY / "quantization/remedies").glob("*.py")
     nodes = [node for path in (*paths, REPOSITORY / "main.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))]
     return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
 
@@ -48,7 +50,7 @@ def words_in_tests() -> set[str]:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_has_an_effect(name):
-    assert name in read_options(), f"{OPTIONS[name]} is parsed, but nothing that trains or evaluates reads it"
+    assert name in read_options() | REMEDIES.keys(), f"{OPTIONS[name]} is parsed, but nothing reads it"
 
 
 @pytest.mark.parametrize("option", OPTIONS.values())
@@ -106,9 +108,9 @@ def test_another_k1_makes_other_periods(tmp_path, small_runs):
 
 def test_defaults_that_papers_give():
     """TetraJet's detection and Q-EMA, TetraJet-v2's OsciReset, DeiT's soft distillation."""
-    mxfp4 = parse_args(["--quant", "mxfp4", "--q-ema", "--q-ramping"]).precision
+    mxfp4 = parse_args(["--quant", "mxfp4", "--q-ema", "--q-ramping"]).remedies
     assert (mxfp4.q_ema_beta, mxfp4.q_ramping_k1, mxfp4.q_ramping_k2, mxfp4.q_ramping_steps) == (0.998, 16, 5, 30)
-    reset = parse_args(["--quant", "mxfp4", "--osci-reset"]).precision
+    reset = parse_args(["--quant", "mxfp4", "--osci-reset"]).remedies
     assert (reset.osci_reset_threshold, reset.osci_reset_start, reset.osci_reset_interval) == (16, 0.6, None)
     student = parse_args(["--distillation-type", "soft", "--teacher-model", "x", "--teacher-path", "y"]).distillation
     assert (student.distillation_alpha, student.distillation_tau) == (0.5, 1.0)
@@ -151,8 +153,9 @@ def test_a_switch_of_a_recipe_is_never_ignored(option, value, quant):
 
 
 def test_the_recipe_has_the_users_beta():
-    precision = parse_args(["--quant", "mxfp4", "--q-ema", "--q-ema-beta", "0.75"]).precision
-    assert build_recipe(precision).q_ema_beta == 0.75
+    options = parse_args(["--quant", "mxfp4", "--q-ema", "--q-ema-beta", "0.75"])
+    remedies = Remedies.from_options(options.remedies, RunLength(1, 1))
+    assert remedies.change_recipe(build_recipe(options.precision)) == Recipe(q_ema_beta=0.75)
 
 
 @pytest.mark.parametrize("options", [["--mixup", "0.8"], ["--cutmix", "1"]])

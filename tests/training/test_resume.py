@@ -434,16 +434,19 @@ def test_a_tracked_window_in_progress_goes_on(data, monkeypatch):
     assert_same_run(Path("whole"))
 
 
-OTHER_ANSWERS = {
+REMEDIES = {
     "dampen": ["--dampen", "0.1"],
     "freeze": ["--freeze", "0.002"],
     "osci-reset": ["--osci-reset", "--osci-reset-start", "0.3", "--osci-reset-interval", "5"],
+    "osci-reset back to back": ["--osci-reset", "--osci-reset-start", "2", "--osci-reset-window", "3"],
+    "heal": ["--heal", "2", "--q-ema", "--model-ema-decay", "0.9"],
+    "keep-blocks": ["--keep-blocks", "0", "--freeze", "0.002"],
 }
 
 
-@pytest.mark.parametrize("name", OTHER_ANSWERS)
-def test_the_other_answers_to_oscillation(name, data):
-    options = [*DATA, "--quant", "mxfp4", "--epochs", "2", "--data-path", data, *OTHER_ANSWERS[name]]
+@pytest.mark.parametrize("name", REMEDIES)
+def test_the_other_remedies(name, data):
+    options = [*DATA, "--quant", "mxfp4", "--epochs", "2", "--data-path", data, *REMEDIES[name]]
     assert main([*options, "--output-dir", "whole"]) == 0
     command = [*options, "--output-dir", "parts", "--resume", "auto", "--save-steps", "1"]
     for call in (6, 4):  # OsciReset has a window open, both times

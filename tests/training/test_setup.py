@@ -17,11 +17,12 @@ from torchvision.transforms import ColorJitter
 
 from datasets import CALIBRATION_ORDER, set_epoch
 from main import main
-from quantization import RECIPES, Dampen, Freeze, Int4Linear, OsciReset, quantize_mx
+from quantization import RECIPES, Int4Linear, RampingAdamW, quantize_mx
 from training.models import build_model
+from training.optimizer import build_optimizer
 from training.options import GROUPS, SAME_ON_RESUME, names_of, parse_args
 from training.run_log import RunLog
-from training.setup import build_optimizer, implied_identity
+from training.setup import implied_identity
 
 CPU = torch.device("cpu")
 TINY = ["--model", "deit_micro_patch4_32", "--input-size", "8", "--num-workers", "0", "--device", "cpu"]
@@ -58,7 +59,7 @@ class TestLearningRate:
     @pytest.mark.parametrize("ramping", [[], ["--quant", "mxfp4", "--q-ramping"]])
     def test_adam_is_deits(self, ramping):
         options = parse_args([*TINY, "--batch-size", "128", "--lr", "4e-3", *ramping])
-        optimizer = build_optimizer(options, nn.Linear(3, 2), CPU)
+        optimizer = build_optimizer(options, nn.Linear(3, 2), CPU, RampingAdamW if ramping else None)
         for group in optimizer.param_groups:
             assert (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.9, 0.999), 1e-8)
 
@@ -148,12 +149,12 @@ class TestRemedies:
     RUN = [*MXFP4, "--epochs", "3", "--batch-size", "16", "--warmup-epochs", "0"]  # 12 steps
 
     def test_dampens_strength_follows_the_whole_run(self, built):
-        dampen = built(*self.RUN, "--dampen", "0.5").remedy
+        dampen = built(*self.RUN, "--dampen", "0.5").remedies["dampen"]
         for step in (2, 3, 4, 8, 12):
             dampen.step = step
             progress = max(0, step / 12 - 1 / 4) / (3 / 4)
             wanted = 0.5 * (1 - math.cos(math.pi * progress)) / 2
-            assert dampen.numbers()["dampen_weight"] == pytest.approx(wanted, abs=1e-12)
+            assert dampen.log_numbers()["dampen_weight"] == pytest.approx(wanted, abs=1e-12)
 
     @pytest.mark.parametrize(("reduction", "share"), [("sum", 1.0), ("kernel_mean", 1 / 128)])
     def test_a_step_adds_dampens_gradient(self, reduction, share, built):
@@ -162,8 +163,7 @@ class TestRemedies:
         for options in ([], ["--dampen", "10", "--dampen-reduction", reduction]):
             training = built(*self.RUN, *options)
             if options:
-                assert isinstance(training.remedy, Dampen)
-                training.remedy.step = 12
+                training.remedies["dampen"].step = 12
             weight = training.progress.model.blocks[0].mlp.fc1.weight
             before = weight.detach().clone()
             torch.manual_seed(7)
@@ -173,15 +173,13 @@ class TestRemedies:
         assert torch.allclose(gradients[1] - gradients[0], wanted, rtol=1e-4, atol=1e-6) and wanted.abs().max() > 1e-3
 
     def test_freezes_threshold_follows_the_whole_run(self, built):
-        freeze = built(*self.RUN, "--freeze", "0.02").remedy
-        assert isinstance(freeze, Freeze)
+        freeze = built(*self.RUN, "--freeze", "0.02").remedies["freeze"]
         wanted = {2: math.inf, 3: 0.1, 6: 0.02 + 0.08 * (1 + math.cos(math.pi / 3)) / 2, 12: 0.02}
         assert {step: freeze.threshold_after(step) for step in wanted} == pytest.approx(wanted)
 
     def test_osci_reset(self, built):
         options = ["--osci-reset", "--osci-reset-start", "0.25", "--osci-reset-interval", "4"]
-        reset = built(*self.RUN, *options, "--osci-reset-threshold", "7").remedy
-        assert isinstance(reset, OsciReset)
+        reset = built(*self.RUN, *options, "--osci-reset-threshold", "7").remedies["osci_reset"]
         assert (reset.start, reset.interval, reset.window, reset.threshold) == (3, 4, 4, 7)
 
     def test_the_models_average_is_of_the_weights_that_freeze_puts_back(self, built):
@@ -189,7 +187,7 @@ class TestRemedies:
         training = built(
             *self.RUN, "--epochs", "1", "--batch-size", "64", "--freeze", "0.02", "--model-ema-decay", "1e-9"
         )
-        training.remedy.state_dict()["tracks"][0]["frozen"][3] = 0.25
+        training.remedies["freeze"].state_dict()["tracks"][0]["frozen"][3] = 0.25
         with RunLog(training.directory, {}) as log:
             training.run(log)
         name = "blocks.0.attn.qkv.weight"

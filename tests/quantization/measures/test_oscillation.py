@@ -181,7 +181,7 @@ def test_q_ema_counts_in_a_window_and_not_in_detection(device, randn):
     q_ema = QEma(net)
     for _ in range(12):  # in use from the tenth update on
         move(net, randn)
-        q_ema.update()
+        q_ema.after_step()
     with plain_rounding(net):
         plain = PathLengths(net)
     plain_seen = [[quantize_mx(layer.weight).dequantize() for layer in net]]
@@ -189,7 +189,7 @@ def test_q_ema_counts_in_a_window_and_not_in_detection(device, randn):
     used = [[layer.quantized_weight() for layer in net]]
     for _ in range(4):
         move(net, randn, size=0.2)
-        q_ema.update()
+        q_ema.after_step()
         window.record()
         with plain_rounding(net):
             plain.record()

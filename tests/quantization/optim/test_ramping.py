@@ -307,7 +307,7 @@ class TestDetection:
                     detect_oscillation(net.train(), optimizer, noisy_step, batches[:2], steps=4)
                 step(batch)
                 if averages:
-                    averages.update()
+                    averages.after_step()
             state = [p.detach().clone() for p in (*net.parameters(), *net.buffers())]
             state += [v.clone() for s in optimizer.state.values() for v in s.values()]
             outcomes.append((state, random.random(), np.random.rand(), torch.rand(2), torch.rand(2, device=device)))

@@ -64,16 +64,16 @@ def test_a_skipped_step_leaves_no_trace(name, looking, device, assert_same_bits)
     answer, other = ANSWERS[name](plain), ANSWERS[name](model)
     for number in range(STEPS):
         for _ in range(number % 3):
-            other.update(torch.ones((), device=device))
+            other.after_step(torch.ones((), device=device))
             if looking:
                 assert other.step == number
                 flat(other.state_dict())
         for answering, of, skip in ((answer, plain, None), (other, model, torch.zeros((), device=device))):
             move(of, number, device)
-            answering.update(skip)
+            answering.after_step(skip)
         if looking:
-            assert other.step == number + 1 and other.numbers() == answer.numbers()
-    assert other.numbers() == answer.numbers() and all(value > 0 for value in answer.numbers().values())
+            assert other.step == number + 1 and other.log_numbers() == answer.log_numbers()
+    assert other.log_numbers() == answer.log_numbers() and all(value > 0 for value in answer.log_numbers().values())
     for a, b in zip(plain.parameters(), model.parameters(), strict=True):
         assert_same_bits(b, a)
     for a, b in zip(flat(other.state_dict()), flat(answer.state_dict()), strict=True):
@@ -90,11 +90,11 @@ def test_the_host_does_not_wait(name, device, host_must_not_wait):
             move(model, number, device)
             skip = torch.zeros((), device=device)
             if warm_up:
-                answer.update(skip)
+                answer.after_step(skip)
                 continue
             with host_must_not_wait():  # which begins when the device is idle
                 torch.cuda._sleep(100_000_000)  # clock cycles
-                answer.update(skip)
+                answer.after_step(skip)
                 assert not torch.cuda.current_stream().query()
 
 
@@ -112,7 +112,7 @@ def test_q_ema_reads_nothing_back(device):
     q_ema = QEma(model)
     with NoReading():
         for skip in (None, *torch.tensor([1.0, 0.0, 0.0], device=device)):
-            q_ema.update(skip)
+            q_ema.after_step(skip)
     assert [int(layer.ema_updates) for layer in model] == [3, 3]
 
 
@@ -124,7 +124,7 @@ def test_an_update_does_not_wait(how, device, host_must_not_wait):
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.found_inf = skip = torch.zeros((), device=device)
-    update = optimizer.step if how == "Q-Ramping" else lambda: q_ema.update(skip)
+    update = optimizer.step if how == "Q-Ramping" else lambda: q_ema.after_step(skip)
     update()
     with host_must_not_wait():
         update()

@@ -38,7 +38,7 @@ def test_gradient_is_that_of_the_loss(reduction, model, randn):
 
     torch.manual_seed(1)
     model(x).square().sum().backward()
-    dampen.add_gradients()
+    dampen.before_update()
     for parameter, gradient in zip(model.parameters(), want):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-5, atol=1e-6)
 
@@ -48,10 +48,10 @@ def test_nothing_in_the_first_quarter_then_a_cosine(model):
     weights = []
     for _ in range(100):
         weights.append(dampen.present_weight)
-        dampen.update()
+        dampen.after_step()
     assert weights[:26] == [0.0] * 26 and all(a < b for a, b in zip(weights[25:], weights[26:]))
     assert weights[25 + 25] == pytest.approx(2 * (1 - math.cos(math.pi / 3)) / 2)
-    assert dampen.present_weight == 2.0 == dampen.numbers()["dampen_weight"]
+    assert dampen.present_weight == 2.0 == dampen.log_numbers()["dampen_weight"]
     other = Dampen(model, total_steps=100, weight=2.0)
     other.load_state_dict(dampen.state_dict())
     assert other.step == 100
@@ -66,7 +66,7 @@ def test_it_pulls_weights_to_the_grid(model):
     for _ in range(40):
         for layer in layers:
             layer.weight.grad = torch.zeros_like(layer.weight)
-        dampen.add_gradients()
+        dampen.before_update()
         with torch.no_grad():
             for layer in layers:
                 layer.weight -= layer.weight.grad
@@ -78,7 +78,7 @@ def test_a_frozen_parameter_is_left_alone(model, randn):
     model(randn(5, 40)).sum().backward()
     dampen = Dampen(model, total_steps=1, weight=1.0)
     dampen.step = 1
-    dampen.add_gradients()
+    dampen.before_update()
     assert first.grad is None
 
 

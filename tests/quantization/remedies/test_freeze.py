@@ -61,7 +61,7 @@ def test_algorithm_1(options, device):
         with torch.no_grad():
             weight.copy_(centre + noise * torch.randn(shape, generator=generator, device=device))
         mirror = weight.detach().cpu().double()
-        freeze.update()
+        freeze.after_step()
 
         for (i, j), value in frozen.items():
             mirror[i, j] = value
@@ -81,7 +81,7 @@ def test_algorithm_1(options, device):
         codes = new
         assert torch.equal(weight.detach().cpu().double(), mirror), step
     assert 0 < len(frozen) < len(every) and min(frozen_at) >= 15
-    assert freeze.numbers() == {"frozen": pytest.approx(100 * len(frozen) / len(every))}
+    assert freeze.log_numbers() == {"frozen": pytest.approx(100 * len(frozen) / len(every))}
 
 
 def oscillate(model, freeze, start, stop):
@@ -91,7 +91,7 @@ def oscillate(model, freeze, start, stop):
         with torch.no_grad():
             weight[:, ::2] = 3.4 if step % 2 else 3.6
             weight[:, 1::2] = 5.9
-        freeze.update()
+        freeze.after_step()
 
 
 def test_frozen_for_good_and_free_before_a_quarter(device):
@@ -99,18 +99,18 @@ def test_frozen_for_good_and_free_before_a_quarter(device):
     nn.init.constant_(model[0].weight, 5.9)
     freeze = Freeze(model, total_steps=40, threshold=0.1, momentum=0.05)
     oscillate(model, freeze, 0, 9)
-    assert freeze.numbers()["frozen"] == 0
+    assert freeze.log_numbers()["frozen"] == 0
     oscillate(model, freeze, 9, 20)
-    assert freeze.numbers()["frozen"] == 50
+    assert freeze.log_numbers()["frozen"] == 50
     value = model[0].weight[0, 0].item()
     assert value == 4.0  # the mean of codes 5 and 6, and of 7 before
     with torch.no_grad():
         model[0].weight.fill_(0.3)
-    freeze.update()
+    freeze.after_step()
     assert (model[0].weight[:, ::2] == value).all() and (model[0].weight[:, 1::2] == 0.3).all()
     with torch.no_grad():
         model[0].weight[:, 1::2] = 40.0  # the scale becomes eight times as large
-    freeze.update()
+    freeze.after_step()
     assert (model[0].weight[:, ::2] == value).all() and (model[0].weight[:, 1::2] == 40).all()
 
 
@@ -135,8 +135,8 @@ def test_a_weight_freezes_at_the_first_step_whose_threshold_it_exceeds(skipping,
                 nn.init.constant_(weight[0, column], 3.4 if step % 2 else 3.6)
         if skipping:
             for _ in range(step % 3):
-                freeze.update(torch.ones((), device=device))
-        freeze.update(torch.zeros((), device=device) if skipping else None)
+                freeze.after_step(torch.ones((), device=device))
+        freeze.after_step(torch.zeros((), device=device) if skipping else None)
         frozen = ~freeze.state_dict()["tracks"][0]["frozen"].isnan()
         for column in frozen[0].nonzero().flatten().tolist():
             frozen_at.setdefault(column, step)
@@ -170,7 +170,7 @@ def test_the_forward_pass_keeps_a_frozen_value(options, device):
         held = ~freeze.state_dict()["tracks"][0]["frozen"].isnan()
         with torch.no_grad():
             model[0].weight.copy_(centre + 0.03 * torch.randn(centre.shape, generator=generator, device=device))
-        freeze.update()
+        freeze.after_step()
         frozen = freeze.state_dict()["tracks"][0]["frozen"]
         new = ~frozen.isnan() & ~held
         assert torch.equal(model[0].quantized_weight()[new], frozen[new])
@@ -195,7 +195,7 @@ def test_what_makes_no_sense_is_refused(recipe, threshold, message, device):
 def test_no_host_synchronisation(device, host_must_not_wait):
     model = make(device, Recipe())
     freeze = Freeze(model, total_steps=4, threshold=0.1)
-    freeze.update()
+    freeze.after_step()
     with host_must_not_wait():
-        freeze.update()
-        freeze.update()
+        freeze.after_step()
+        freeze.after_step()

@@ -42,7 +42,7 @@ def test_windows_ratios_and_resets(threshold, device):
         weights = [layer.weight.detach().clone() for layer in model]
         quantized = [layer.quantized_weight().clone() for layer in model]
         history.append((weights, quantized))
-        reset.update()
+        reset.after_step()
         changed = any(not torch.equal(layer.weight, w) for layer, w in zip(model, weights))
         if number in (14, 22, 30):  # five steps after 9, 17 and 25
             for i, layer in enumerate(model):
@@ -56,7 +56,33 @@ def test_windows_ratios_and_resets(threshold, device):
             history[-1] = ([layer.weight.detach().clone() for layer in model], quantized)
         if changed:
             resets.append(number)
-    assert resets == [14, 22, 30] and reset.numbers() == {"resets": total} and total > 10
+    assert resets == [14, 22, 30] and reset.log_numbers() == {"resets": total} and total > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [
+        ({"start": 1500, "window": 200, "threshold": 3}, (1500, 200, 200)),  # AMD's Primus
+        ({"start": 0.25, "window": 20, "interval": 100}, (2500, 100, 20)),
+        ({"start": 1, "window": 20}, (10_000, 20, 20)),  # a share: the whole run
+    ],
+)
+def test_windows_of_the_users_length(options, want, device):
+    reset = OsciReset(make(device), 10_000, **options)
+    assert (reset.start, reset.interval, reset.window) == want
+
+
+def test_windows_back_to_back_measure_every_step(device):
+    """From step 4 on, each window of 5 steps begins where the one before ends, so no path is lost."""
+    model, resets = make(device), []
+    reset, walk = OsciReset(model, total_steps=30, start=4, window=5, threshold=1e-6), Walk(model)
+    for step in range(1, 31):
+        walk.step(step)
+        before = reset.log_numbers()["resets"]
+        reset.after_step()
+        if reset.log_numbers()["resets"] > before:
+            resets.append(step)
+    assert resets == [9, 14, 19, 24, 29]
 
 
 @pytest.mark.parametrize(
@@ -75,8 +101,8 @@ def test_back_to_back_windows(device):
     counts, walk = [], Walk(model)
     for number in range(1, 14):
         walk.step(number)
-        reset.update()
-        counts.append(reset.numbers()["resets"])
+        reset.after_step()
+        counts.append(reset.log_numbers()["resets"])
     rises = [i + 2 for i, (a, b) in enumerate(zip(counts, counts[1:])) if b > a]
     assert rises == [4, 7, 10, 13]
 
@@ -88,7 +114,7 @@ def test_state_goes_on_bit_for_bit(stop, device):
     def advance(model, reset, begin, end):
         for number in range(begin, end):
             Walk(model).step(number)
-            reset.update()
+            reset.after_step()
 
     def answer(model):
         made = OsciReset(model, total_steps=30, start=0.3, interval=12, threshold=3.0)
@@ -105,15 +131,19 @@ def test_state_goes_on_bit_for_bit(stop, device):
     second.load_state_dict(state)
     advance(parts, second, stop + 1, 31)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters()))
-    assert second.numbers() == uninterrupted.numbers() != {"resets": 0}
+    assert second.log_numbers() == uninterrupted.log_numbers() != {"resets": 0}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start": 1.5}, "got 1.5, 1, 10"),
-        ({"interval": 0}, "got 0.6, 0, 10"),
-        ({"threshold": 0.0}, "got 0.6, 1, 10 and 0.0"),
+        ({"start": 1.5}, "got 1.5, 1, 1, 10"),
+        ({"start": -1}, "got -1, 1, 1, 10"),
+        ({"interval": 0}, "got 0.6, 0, 0, 10"),
+        ({"window": 0}, "got 0.6, 0, 0, 10"),
+        ({"threshold": 0.0}, "got 0.6, 1, 1, 10 and 0.0"),
+        ({"interval": 3, "window": 4}, "--osci-reset-window must be at most --osci-reset-interval, 3, got 4; lower it"),
+        ({"start": 8, "window": 3}, "must leave the window of 3 steps within the run's 10, got 8; lower it"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, message, device):
