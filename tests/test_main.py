@@ -31,6 +31,8 @@ from quantization import (
     Quantizer,
     RampingAdamW,
     Recipe,
+    Remedies,
+    RunLength,
     quant_linears,
     quantize_mx,
     restore_linears,
