@@ -159,6 +159,8 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self._weights: list[_Weight] = []
         self._places: dict[int, list[_Place]] = defaultdict(list)
+        self._copies: list[Tensor] = []
+        """Copies of weights, such as autocast's in bf16. They stay alive, so that no other tensor takes their place."""
         self._active: list[_Weight] = []
         """The linears whose forward passes are under way, the innermost last."""
         in_layers = set()
@@ -173,6 +175,9 @@ class _Watch(TorchDispatchMode):
 
     def _add(self, weight: _Weight, tensor: Tensor) -> None:
         self._weights.append(weight)
+        self._place(weight, tensor)
+
+    def _place(self, weight: _Weight, tensor: Tensor) -> None:
         start = tensor.storage_offset()
         places = self._places[tensor.untyped_storage()._cdata]
         place = next((place for place in places if place.start == start), None)
@@ -224,6 +229,9 @@ class _Watch(TorchDispatchMode):
                     for weight in weights:
                         weight.bypassed = True
                         weight.flops_of_pass += _flops(func, args, kwargs, result, weight)
+                        if func._overloadpacket in _COPYING:
+                            self._copies.append(result)
+                            self._place(weight, result)
         return result
 
     def end_of_pass(self) -> None:
@@ -250,6 +258,7 @@ def _is_view(func) -> bool:
     return bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
 
 
+_COPYING = {torch.ops.aten._to_copy, torch.ops.aten.clone}
 _CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten._convolution, torch.ops.aten.cudnn_convolution}
 _FUSED = {torch.ops.aten._transformer_encoder_layer_fwd, torch.ops.aten._native_multi_head_attention}
 
@@ -258,7 +267,8 @@ def _flops(func, args: tuple, kwargs: dict, result: object, weight: _Weight) -> 
     """FLOPs of a matmul, or of the share of `weight` in an operator that is fused of several; else 0."""
     packet = func._overloadpacket
     if packet in _FUSED:  # the first argument has the tokens
-        return 2 * args[0].shape[:-1].numel() * weight.parameters
+        elements = weight.parameters if weight.layer is None else weight.layer.weight.numel()
+        return 2 * args[0].shape[:-1].numel() * elements
     if packet in flop_registry and packet not in _CONVOLUTIONS:
         return flop_registry[packet](*args, **kwargs, out_val=result)
     return 0

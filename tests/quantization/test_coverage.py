@@ -93,6 +93,24 @@ def test_every_kind_of_linear_has_its_status():
     assert found["quantized"].parameters == 32 * 64 + 64 and found["raw"].parameters == 512
 
 
+def test_a_weight_that_autocast_copies_keeps_its_flops():
+    """`nn.MultiheadAttention` reads its weights, which autocast copies to bf16 for both passes at once."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.layer = nn.MultiheadAttention(32, 4, batch_first=True), QuantLinear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.attn(x, x, x)[0])
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = {linear.name: linear for linear in coverage(Attending(), torch.randn(X)).linears}
+    flops = {name: linear.flops / (2 * TOKENS * 32) for name, linear in found.items()}
+    assert flops == {"attn.in_proj_weight": 96, "attn.out_proj": 32, "layer": 32}
+    assert found["layer"].status is Status.QUANTIZED
+
+
 def test_two_layers_may_share_a_weight():
     model = nn.Sequential(QuantLinear(32, 32), QuantLinear(32, 32), nn.Linear(32, 32))
     model[1].weight = model[2].weight = model[0].weight
