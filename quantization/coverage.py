@@ -105,6 +105,7 @@ def coverage(model: nn.Module, *inputs: object) -> Coverage:
                     model(*inputs)
                 watch.end_of_pass()
     finally:
+        model.train(model.training)  # modules that cache something between evaluations drop it here
         for module, training in modes.items():
             module.training = training
     return Coverage(tuple(watch.linears()))
@@ -113,7 +114,11 @@ def coverage(model: nn.Module, *inputs: object) -> Coverage:
 @contextmanager
 def _undone(model: nn.Module) -> Iterator[None]:
     """Put back what forward passes change: random generators, buffers and the counters of underflowed groups."""
-    buffers = {buffer: buffer.clone() for buffer in model.buffers() if not buffer.is_inference()}
+    buffers = [
+        (module, name, buffer, None if buffer is None or buffer.is_inference() else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     counts = {device: underflow_counters(device).forward.clone() for device in devices}
     try:
@@ -121,8 +126,10 @@ def _undone(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         with torch.no_grad():
-            for buffer, before in buffers.items():
-                buffer.copy_(before)
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer  # a forward pass may have put another tensor in its place
+                if before is not None:
+                    buffer.copy_(before)
         for device, before in counts.items():
             underflow_counters(device).forward.copy_(before)
 

@@ -160,6 +160,33 @@ def test_the_model_and_the_generators_stay_as_they_were(recipe):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_buffers_that_are_replaced_and_caches_between_evaluations_leave_no_trace():
+    """timm's LeViT keeps a function of its parameters until `train` or `eval` is called."""
+
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.bias, self.cache = QuantLinear(32, 32), nn.Parameter(torch.ones(32)), None
+            self.register_buffer("mean", torch.zeros(()))
+            self.register_buffer("last", None)
+
+        def train(self, mode: bool = True) -> nn.Module:
+            self.cache = None
+            return super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean, self.last = 0.9 * self.mean + 1, x
+            if self.cache is None:
+                self.cache = 2 * self.bias
+            return self.layer(x) + self.cache
+
+    model = nn.Sequential(Caching()).eval()
+    buffer = model[0].mean
+    coverage(model, torch.randn(X))
+    assert model[0].cache is None and model[0].last is None and model[0].mean is buffer and buffer == 0
+    assert not model[0].training
+
+
 def test_a_forward_pass_that_fails_leaves_no_trace():
     model = nn.Sequential(QuantLinear(32, 32), nn.BatchNorm1d(5), nn.Linear(16, 4)).eval()
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
