@@ -214,14 +214,15 @@ class _Watch(TorchDispatchMode):
                 del layer.forward
 
     def _observed(self, weight: _Weight, forward: Callable) -> Callable:
-        def call(x: Tensor, *args, **kwargs) -> Tensor:
+        def call(*args, **kwargs) -> object:
             self._active.append(weight)
             try:
-                y = forward(x, *args, **kwargs)
+                y = forward(*args, **kwargs)
             finally:
                 self._active.pop()
             weight.called = True
-            weight.flops_of_pass += 2 * y.numel() * weight.layer.in_features
+            result = tree_leaves(y)[0]  # a subclass may return more, such as Megatron's, which return the bias, too
+            weight.flops_of_pass += 2 * result.numel() * weight.layer.in_features
             return y
 
         return call

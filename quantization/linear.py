@@ -404,18 +404,18 @@ class QuantLinear(nn.Linear):
         # The comparison stays on the device, so asking if the average is in use never costs a synchronisation.
         return (self.weight_ema, self.ema_updates >= Q_EMA_START) if self.use_q_ema else (None, None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            raise TypeError(f"QuantLinear needs a floating-point tensor, got {x.dtype}")
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"the last axis must have {self.in_features} channels, got {tuple(x.shape)}")
+    def forward(self, input: Tensor) -> Tensor:
+        if not input.is_floating_point():
+            raise TypeError(f"QuantLinear needs a floating-point tensor, got {input.dtype}")
+        if input.shape[-1] != self.in_features:
+            raise ValueError(f"the last axis must have {self.in_features} channels, got {tuple(input.shape)}")
         if self.high_precision:
-            return super().forward(x)
+            return super().forward(input)
         use_fp8 = self._uses_fp8
-        underflowed, underflowed_backward = underflow_counters(x.device) if use_fp8 else (None, None)
-        trains = x.requires_grad or self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        underflowed, underflowed_backward = underflow_counters(input.device) if use_fp8 else (None, None)
+        trains = input.requires_grad or self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         return _MXLinear.apply(
-            x,
+            input,
             self.weight,
             self.bias,
             *self._ema_arguments(),

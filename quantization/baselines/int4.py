@@ -188,24 +188,24 @@ class Int4Linear(nn.Linear):
         self.input_step = nn.Parameter(torch.full((), UNIT_NORMAL_STEP, device=self.weight.device))
         self.weight_step = nn.Parameter(first_step_size(self.transformed(self.weight)))
 
-    def transformed(self, x: Tensor) -> Tensor:
-        """x H in fp32, over the last axis: the tensor that is quantized for an input or for the weight."""
-        return hadamard_transform(x.float(), self.block)
+    def transformed(self, input: Tensor) -> Tensor:
+        """The input times H in fp32, over the last axis: what is quantized of an input or of the weight."""
+        return hadamard_transform(input.float(), self.block)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"the last axis must have {self.in_features} channels, got {tuple(x.shape)}")
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[-1] != self.in_features:
+            raise ValueError(f"the last axis must have {self.in_features} channels, got {tuple(input.shape)}")
         steps = (step.abs().clamp_min(1e-10) for step in (self.input_step, self.weight_step))
         y_NC = _Int4Matmul.apply(
-            self.transformed(x).reshape(-1, self.in_features),
+            self.transformed(input).reshape(-1, self.in_features),
             self.transformed(self.weight),
             *steps,
-            matmul_dtype(x),
+            matmul_dtype(input),
             self.recipe.sampling,
         )
         if self.bias is not None:
             y_NC = y_NC + self.bias
-        return y_NC.reshape(*x.shape[:-1], self.out_features).to(output_dtype(x))
+        return y_NC.reshape(*input.shape[:-1], self.out_features).to(output_dtype(input))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         weight = state_dict.get(prefix + "weight")
@@ -227,12 +227,12 @@ def initialise_steps(model: nn.Module, *inputs: Tensor) -> None:
     Call it once before training, and before DistributedDataParallel, which then gives all processes the same sizes.
     """
 
-    def start(layer: Int4Linear, args: tuple[Tensor, ...]) -> None:
-        layer.input_step.copy_(first_step_size(layer.transformed(args[0])))
+    def start(layer: Int4Linear, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        layer.input_step.copy_(first_step_size(layer.transformed(*args, **named)))
         layer.weight_step.copy_(first_step_size(layer.transformed(layer.weight)))
 
     layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
-    hooks = [layer.register_forward_pre_hook(start) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(start, with_kwargs=True) for layer in layers]
     training = model.training
     try:
         model.eval().forward(*inputs)  # `forward`, because the graph of a compiled model has no hooks

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantization import Int4Linear, Int4Recipe, QuantLinear, Recipe, Status, coverage, swap_linears
+from quantization import Int4Linear, Int4Recipe, QuantLinear, Recipe, Status, coverage, initialise_steps, swap_linears
 
 TOKENS = 2 * 5  # of the inputs
 X = (2, 5, 32)
@@ -109,6 +109,25 @@ def test_a_weight_that_autocast_copies_keeps_its_flops():
     flops = {name: linear.flops / (2 * TOKENS * 32) for name, linear in found.items()}
     assert flops == {"attn.in_proj_weight": 96, "attn.out_proj": 32, "layer": 32}
     assert found["layer"].status is Status.QUANTIZED
+
+
+def test_a_linear_may_take_its_input_by_name_and_return_more():
+    class WithBias(nn.Linear):
+        def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(input), self.bias
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mx, self.int4, self.odd = QuantLinear(32, 32), Int4Linear(32, 32), WithBias(32, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.odd(self.int4(input=self.mx(input=x)))[0]
+
+    model = Net()
+    initialise_steps(model, torch.randn(X))
+    flops = {linear.name: linear.flops for linear in coverage(model, torch.randn(X)).linears}
+    assert flops == {"mx": 2 * TOKENS * 32 * 32, "int4": 2 * TOKENS * 32 * 32, "odd": 2 * TOKENS * 32 * 64}
 
 
 def test_two_layers_may_share_a_weight():
