@@ -49,6 +49,7 @@ class CallingAttention(nn.MultiheadAttention):
         if not batched:
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         q_BHTD, k_BHSD, v_BHSD = self._project(query, key, value, batched)
+        _check_masks(attn_mask, key_padding_mask, q_BHTD, k_BHSD)
         mask = self._additive_mask(attn_mask, key_padding_mask, q_BHTD)
         dropout, weights_BHTS = self.dropout if self.training else 0.0, None
         if need_weights:
@@ -96,6 +97,21 @@ class CallingAttention(nn.MultiheadAttention):
             if prefix + f"in_proj_{name}" in state_dict:
                 state_dict[prefix + f"in_proj.{name}"] = state_dict.pop(prefix + f"in_proj_{name}")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_masks(attn_mask: Tensor | None, padding: Tensor | None, q_BHTD: Tensor, k_BHSD: Tensor) -> None:
+    """Raise ValueError for masks that PyTorch's attention refuses. Integers would be added to the scores."""
+    (batch, heads, queries, _), keys = q_BHTD.shape, k_BHSD.shape[2]
+    for name, mask, shapes in (
+        ("attn_mask", attn_mask, [(queries, keys), (batch * heads, queries, keys)]),
+        ("key_padding_mask", padding, [(batch, keys)]),
+    ):
+        if mask is None:
+            continue
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(f"{name} must be of bool or floating-point numbers, got {mask.dtype}; convert it to bool")
+        if tuple(mask.shape) not in shapes:
+            raise ValueError(f"{name} must have the shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
 
 
 def _call_projections(attention: nn.MultiheadAttention) -> None:

@@ -75,6 +75,25 @@ def test_a_single_sequence_and_self_attention_with_other_values():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(wanted, ours))
 
 
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ({"attn_mask": torch.ones(5, 5, dtype=torch.uint8).triu(1)}, "attn_mask must be of bool .* got torch.uint8"),
+        ({"key_padding_mask": torch.zeros(2, 5, dtype=torch.int64)}, "key_padding_mask must be .* got torch.int64"),
+        ({"attn_mask": torch.zeros(1, 5)}, r"attn_mask must have the shape \(5, 5\) or \(8, 5, 5\), got \(1, 5\)"),
+        ({"key_padding_mask": torch.zeros(1, 5) > 0}, r"key_padding_mask must have the shape \(2, 5\), got \(1, 5\)"),
+    ],
+)
+def test_masks_that_pytorch_refuses_are_refused(mask, message):
+    """A mask of integers would be added to the scores instead of hiding keys."""
+    x, attention = torch.randn(2, 5, 32), nn.MultiheadAttention(32, 4, batch_first=True)
+    with pytest.raises((AssertionError, RuntimeError)):
+        attention(x, x, x, **mask)
+    swap_linears(attention, Recipe(), ("in_proj", "out_proj"))
+    with pytest.raises(ValueError, match=message):
+        attention(x, x, x, **mask)
+
+
 def test_dropout_acts_in_training_alone():
     attention = calling(nn.MultiheadAttention(WIDTH, HEADS, dropout=0.5, batch_first=True))
     x = torch.randn(2, 5, WIDTH)
