@@ -25,6 +25,8 @@ from runtime.errors import UserError
 LEFT_OUT = -100  # label of a held-out image that does not count; it is cross_entropy's default for that
 ORIENTATION = 0x0112
 """The tag of the orientation in EXIF."""
+BITS, PHOTOMETRIC = 258, 262
+"""The tags of the bits of a pixel and of its meaning in a TIFF; the meaning 0 is that 0 is white (TIFF 6.0)."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -152,20 +154,28 @@ def _files_below(directory: Path, loops: list[str], around: frozenset = frozense
 def read_image(path: str, upright: bool = False) -> Image.Image:
     """An image file in RGB, eight bits a channel; with `upright` it is turned as its EXIF orientation says.
 
-    A grey image of 16 bits keeps its brightness: Pillow's own conversion would cut off all above 255. Raises ValueError
-    for integers of 32 bits and for floating-point numbers, of which nobody but the user knows which value is white.
+    A grey image of 12 or 16 bits keeps its brightness: Pillow's own conversion would cut off all above 255. Raises
+    ValueError for integers of 32 bits and for floating-point numbers, of which nobody but the user knows which value is
+    white.
     """
     with open(path, "rb") as file:
         image = Image.open(file)
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # Pillow scales PPM
-            grey = np.asarray(image).astype(np.float64) * (255 / 65535)
-            converted = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+            converted = _eight_bits(image).convert("RGB")
         elif image.mode[:1] in ("I", "F"):
             kind = "floating-point numbers" if image.mode[0] == "F" else "32-bit integers"
             raise ValueError(f"its pixels are {kind}, whose white is unknown; store 8 or 16 bits")
         else:
             converted = image.convert("RGB")
         return _turned(converted, image.getexif().get(ORIENTATION, 1)) if upright else converted
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of more than eight bits in eight. Pillow leaves 12 bits as they are, and 0 where it is white."""
+    tags = getattr(image, "tag_v2", {})
+    grey = np.asarray(image).astype(np.float64) * (255 / (2 ** tags.get(BITS, (16,))[0] - 1))
+    grey = grey.round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == 0 else grey)
 
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:

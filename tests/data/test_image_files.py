@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -240,6 +241,24 @@ def test_brightness_does_not_depend_on_the_depth(kind, share, tmp_path):
         Image.fromarray(pixels).save(path)
     image = read_image(str(path))
     assert image.mode == "RGB" and abs(np.asarray(image).astype(float) / 255 - share).max() < 1 / 255
+
+
+@pytest.mark.parametrize(
+    ("bits", "pixels", "white_is_zero", "wanted"),
+    [
+        (12, bytes([0x40, 0x04, 0x00]), False, 64),
+        (16, bytes([0x00, 0x40, 0x00, 0x40]), False, 64),
+        (16, bytes([0x00, 0x40, 0x00, 0x40]), True, 255 - 64),
+    ],
+)
+def test_a_tiff_says_which_value_is_white(bits, pixels, white_is_zero, wanted, tmp_path):
+    """Two pixels of a quarter of the largest value; those of 12 bits lie in three bytes."""
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8, 277: 1, 278: 1, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    head = b"II" + struct.pack("<HI", 42, 8 + len(pixels))
+    path = tmp_path / "image.tiff"
+    path.write_bytes(head + pixels + struct.pack("<H", len(tags)) + entries + bytes(4))
+    assert (np.asarray(read_image(str(path))) == wanted).all()
 
 
 @pytest.mark.parametrize(("dtype", "what"), [(np.int32, "32-bit integers"), (np.float32, "floating-point numbers")])
