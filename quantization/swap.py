@@ -96,6 +96,8 @@ def _matching(model: nn.Module, names: Sequence[str] | str | None) -> list[str]:
             raise ValueError(f"{type(model).__name__} has no linear layer named {', '.join(endings)}; pass other names")
         return found
     endings = (names,) if isinstance(names, str) else tuple(names)
+    if not all(endings) or not endings:
+        raise ValueError(f"names must be endings of names of linear layers, got {names!r}; None takes the usual ones")
     for ending in endings:
         if not _ending_in(present, (ending,)):
             near = difflib.get_close_matches(ending, {".".join(n.split(".")[-2:]) for n in present}, n=3, cutoff=0.4)

@@ -154,6 +154,14 @@ def test_hooks_and_attributes_go_to_the_new_layer(name):
     assert use() == []
 
 
+@pytest.mark.parametrize("names", [(), [], "", ["mlp.fc1", ""]])
+def test_no_name_is_refused(names):
+    """An empty list would leave the whole model in full precision."""
+    for model in (Block(), nn.Linear(4, 4)):
+        with pytest.raises(ValueError, match="names must be endings of names of linear layers, got .*None takes"):
+            swap_linears(model, Recipe(), names)
+
+
 def test_linears_of_one_weight_are_one_layer():
     model = Block()
     model.again = model.mlp
