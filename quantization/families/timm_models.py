@@ -33,7 +33,9 @@ _MORE = {  # beside BLOCK_LINEARS
     "coat.CoaT": tuple(f"factoratt_crpe{i}.{n}" for i in ("", 2, 3, 4) for n in ("qkv", "proj"))
     + ("mlp2.fc1", "mlp2.fc2"),
     "levit.Levit": ("qkv.linear", "q.ln.linear", "kv.linear", "proj.ln.linear", "mlp.ln1.linear", "mlp.ln2.linear"),
-    "mlp_mixer.MlpMixer": ("mlp_tokens.fc1", "mlp_tokens.fc2", "mlp_channels.fc1", "mlp_channels.fc2"),
+    "maxxvit.MaxxVit": tuple(f"{where}.{name}" for where in ("attn_block", "attn_grid") for name in ("qkv", "proj")),
+    "mlp_mixer.MlpMixer": tuple(f"mlp_{of}.{name}" for of in ("tokens", "channels") for name in ("fc1", "fc2"))
+    + ("mlp_channels.gate.proj", "linear_tokens"),
     "fastvit.FastVit": _MIXER,
     "gemma4_vit.Gemma4VitClassifier": tuple(
         f"{name}.linear"

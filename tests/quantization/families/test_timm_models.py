@@ -55,6 +55,14 @@ def test_these_and_no_other_linears_are_quantized_in_both_modes(name):
     assert {linear.name for linear in found.having(Status.QUANTIZED)} == wanted == quant_linears(model).keys()
 
 
+@pytest.mark.parametrize("name", ["gmlp_ti16_224", "resmlp_12_224", "maxvit_tiny_pm_256"])
+def test_other_models_of_a_class_have_linears_under_other_names(name):
+    with torch.device("meta"):
+        model = swap_linears(timm.create_model(name), Recipe())
+    left = {path for path, layer in model.named_modules() if type(layer) is nn.Linear}
+    assert left == {model.default_cfg["classifier"]}
+
+
 def small_swin_v2() -> nn.Module:
     options = {"img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 32, "depths": (2, 1)}
     torch.manual_seed(0)
