@@ -251,7 +251,7 @@ def load(path: Path, identity: dict, implied: Mapping[str, object] | None = None
         name = different[0]
         if name == "classes":
             raise UserError(
-                f"--resume {path} was trained on other classes: {_first_difference(identity[name], theirs.get(name))}"
+                f"--resume {path} was trained on other classes: {first_difference(identity[name], theirs.get(name))}"
             )
         raise UserError(
             f"--resume needs a checkpoint of the same {name}: this run has {_short(identity[name])}, "
@@ -260,7 +260,7 @@ def load(path: Path, identity: dict, implied: Mapping[str, object] | None = None
     return state
 
 
-def _first_difference(ours: tuple[str, ...] | None, theirs: tuple[str, ...] | None) -> str:
+def first_difference(ours: tuple[str, ...] | None, theirs: tuple[str, ...] | None) -> str:
     """The first label whose class has another name."""
     ours, theirs = (tuple(names or ()) for names in (ours, theirs))
     label = next((i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), min(len(ours), len(theirs)))

@@ -198,7 +198,7 @@ def prepare(options: Options, device: torch.device) -> Setup:
         remedies.change_model(model)
     if options.model.finetune:
         which = Weights(options.model.weights)
-        load_weights(model, options.model.finetune, new_head=not options.run.eval, which=which)
+        load_weights(model, options.model.finetune, new_head=not options.run.eval, which=which, classes=loaders.classes)
     if not options.run.fsdp:  # which takes the model to the device block by block
         model.to(device)
     set_matmul(model, options.precision.matmul)
@@ -243,7 +243,7 @@ def build_criterion(setup: Setup) -> Criterion:
     setup.model.set_distilled_training(True)
     num_classes, size = setup.loaders.num_classes, setup.data.input_size
     teacher = build_model(distillation.teacher_model, num_classes, size, 0.0, RECIPES["none"], "--teacher-model")
-    load_weights(teacher, distillation.teacher_path, "--teacher-path", new_head=False)
+    load_weights(teacher, distillation.teacher_path, "--teacher-path", new_head=False, classes=setup.loaders.classes)
     theirs = teachers_preprocessing(options)
     if (theirs.mean, theirs.std) != (setup.data.preprocessing.mean, setup.data.preprocessing.std):
         teacher = nn.Sequential(Renormalization(setup.data.preprocessing, theirs), teacher)

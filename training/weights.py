@@ -40,12 +40,19 @@ def load_weights(
     option: str = "--finetune",
     new_head: bool = True,
     which: Weights = Weights.MODEL,
+    classes: tuple[str, ...] | None = None,
 ) -> None:
     """Start from the weights in `path`, of whatever program.
 
-    Raises UserError, which names `option`, if they do not fit the model.
+    Raises UserError, which names `option`, if they do not fit the model, or if their head must stay and the file says
+    that it is for other classes than `classes`.
     """
-    fit_weights(model, read_weights(path), path, option, new_head, which)
+    state = read_weights(path)
+    identity = state.get("identity")
+    theirs = identity.get("classes") if isinstance(identity, dict) else None
+    if not new_head and classes and theirs and tuple(theirs) != classes:
+        raise UserError(f"{option} {path} was trained on other classes: {checkpoint.first_difference(classes, theirs)}")
+    fit_weights(model, state, path, option, new_head, which)
 
 
 def fit_weights(
@@ -72,7 +79,10 @@ def fit_weights(
         missing = set(model.load_state_dict(weights, strict=False).missing_keys) - kept
         unexpected = sorted(weights.keys() - own.keys())
     except RuntimeError as error:  # a shape that differs
-        raise UserError(f"{option} {path} does not fit the model: {str(error).splitlines()[1].strip()}") from error
+        reason = str(error).splitlines()[1].strip().rstrip(".")
+        raise UserError(
+            f"{option} {path} does not fit the model: {reason}; choose the model and the classes that it was made for"
+        ) from error
     if missing or unexpected:
         what = f"it lacks {sorted(missing)[0]}" if missing else f"it has {unexpected[0]}, which the model lacks"
         raise UserError(f"{option} {path} does not fit the model: {what}; choose the model that it was made for")

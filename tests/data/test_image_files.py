@@ -379,7 +379,14 @@ def test_classes_with_other_names_are_refused_by_the_first_difference(folder, ca
     assert main(run) == 0
     for half in ("train", "val"):
         (folder / half / "light").rename(folder / half / "bright")
-    for more in (["--eval", "--resume", "out/checkpoint.pth"], ["--resume", "auto"]):
+    teacher = ["--teacher-path", "out/checkpoint.pth", "--teacher-model", MICRO[1]]
+    student = ["--model", "deit_tiny_distilled_patch16_224", "--distillation-type", "hard", *teacher]
+    for more in (
+        ["--eval", "--resume", "out/checkpoint.pth"],
+        ["--eval", "--finetune", "out/checkpoint.pth"],
+        ["--resume", "auto"],
+        [*student, "--input-size", "16", "--output-dir", "other"],
+    ):
         assert main([*run, *more]) == 2
         assert "trained on other classes: label 0 is bright here and was dark; give" in capsys.readouterr().err
 
