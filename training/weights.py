@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
+from collections.abc import Collection
 from enum import Enum
 from pathlib import Path
 
@@ -20,8 +21,6 @@ from training import checkpoint
 
 PLAIN, AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")
 """Keys under which training programs store the model and its moving average."""
-PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DDP, torch.compile and Lightning put before every name."""
 OURS = (".weight_ema", ".ema_updates", ".input_step", ".weight_step")
 """Ends of the names that a model in low precision has in addition; one without them does not need them."""
 
@@ -64,7 +63,7 @@ def fit_weights(
     `new_head`, a head for another number of classes keeps its random values. One line on the terminal tells of both.
     Raises UserError if anything else does not fit.
     """
-    weights, notes = _chosen(state, path, option, which)
+    weights, notes = _chosen(state, model.state_dict().keys(), path, option, which)
     weights, more = _in_names_of(model, weights, f"{option} {path} does not fit the model")
     notes += more
     own, heads = model.state_dict(), _heads(model) if new_head else ()
@@ -125,8 +124,10 @@ def _harmless_globals() -> list:
     return [argparse.Namespace, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"}, *names]
 
 
-def _chosen(state: dict, path: Path, option: str, which: Weights) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights in a file's content, under plain names; and what the user should know of them."""
+def _chosen(
+    state: dict, own: Collection[str], path: Path, option: str, which: Weights
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights in a file's content, without the prefixes of wrappers; and what the user should know of them."""
     keys = AVERAGED if which is Weights.EMA else (*PLAIN, *AVERAGED)
     key = next((key for key in keys if state.get(key) is not None), None)
     if which is Weights.EMA and key is None:
@@ -142,13 +143,19 @@ def _chosen(state: dict, path: Path, option: str, which: Weights) -> tuple[dict[
         weights = {name: value for name, value in weights.items() if name.startswith("model.")} or weights
     alone = key in AVERAGED and which is Weights.MODEL
     notes = [f"has the model's average alone, under {key!r}, which is taken"] if alone else []
-    return _without_prefixes(weights), notes
+    return _without_prefixes(weights, own), notes
 
 
-def _without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names as the model has them, without what wrappers put before all of them, and torch.compile before some."""
+def _without_prefixes(weights: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """Names as the model has them, without what torch.compile puts before some and a wrapper before all of them.
+
+    DDP puts `module.` there, and Lightning the name of an attribute. No part of the model, `own`, has such a name.
+    """
     weights = {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
-    while prefix := next((p for p in PREFIXES if weights and all(name.startswith(p) for name in weights)), None):
+    while len(first := {name.partition(".")[0] for name in weights}) == 1:
+        prefix = f"{first.pop()}."
+        if any(name.startswith(prefix) for name in own) or not all(name.startswith(prefix) for name in weights):
+            break
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     return weights
 

@@ -49,6 +49,10 @@ FORMS = {
     "DDP of a compiled model": lambda w: {"model": prefixed("module._orig_mod.", w)},
     "compiled DDP": lambda w: {"model": prefixed("_orig_mod.module.", w)},
     "Lightning around DDP": lambda w: {"state_dict": prefixed("model.module.", w), "pytorch-lightning_version": "2.0"},
+    "Lightning with another attribute": lambda w: {
+        "state_dict": prefixed("net.backbone.", w),
+        "pytorch-lightning_version": "2.0",
+    },
     "Lightning": lambda w: {
         "state_dict": prefixed("model.", w) | {"accuracy.total": torch.ones(1)},
         "pytorch-lightning_version": "2.0",
