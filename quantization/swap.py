@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from .families.base import BLOCK_LINEARS, Reader, family_of, reader_of
+from .families.base import BLOCK_LINEARS, Family, Reader, family_of, reader_of
 from .linear import QuantLinear
 from .matmul import Matmul
 from .recipe import Int4Recipe, Recipe, is_quantized_layer, layer_class
@@ -32,9 +32,9 @@ def swap_linears(model: nn.Module, recipe: Recipe | Int4Recipe, names: Sequence[
     """Replace linears of `model`, in place, by quantized ones that share their parameters and hooks. Returns `model`.
 
     `names` are endings of qualified names, each of which must match. Without `names`, the linears of the transformer
-    blocks are replaced: those of the model's `quant_names`, if its class has them, else of its family in `families/`. A
-    module that would read a replaced linear's weight instead of calling it is made to call it; `coverage` tells which
-    layers are really used.
+    blocks are replaced: those of the `quant_names` of the model's class, else of its family in `families/`, else those
+    in `BLOCK_LINEARS`. A model within the model has the linears of its own class. A module that would read a replaced
+    linear's weight instead of calling it is made to call it; `coverage` tells which layers are really used.
 
     The replacement is the layer of `recipe`'s class: a `QuantLinear`, or an `Int4Linear` for an `Int4Recipe`. A recipe
     that quantizes nothing leaves the model as it is.
@@ -83,17 +83,18 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def _matching(model: nn.Module, names: Sequence[str] | str | None) -> list[str]:
     """The qualified names of the linears to replace, with those that a reader has yet to make."""
     present = []
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in _modules(model):
         if isinstance(module, nn.Linear):
             present.append(path)
         elif (reader := reader_of(module)) is not None:
             present += [f"{path}.{name}".lstrip(".") for name in reader.makes if not hasattr(module, name)]
     if names is None:
-        family = family_of(model)
-        endings = getattr(model, "quant_names", None) or family.linears
-        found = [name for name in _ending_in(present, endings) if not set(family.outside) & set(name.split("."))]
+        families = {path: family for path, module in _modules(model) if (family := family_of(module)) is not None}
+        families.setdefault("", Family())
+        found = [name for name in present if _is_usual(name, families[_nearest_above(name, families)])]
         if not found:
-            raise ValueError(f"{type(model).__name__} has no linear layer named {', '.join(endings)}; pass other names")
+            endings = ", ".join(families[""].linears)
+            raise ValueError(f"{type(model).__name__} has no linear layer named {endings}; pass other names")
         return found
     endings = (names,) if isinstance(names, str) else tuple(names)
     if not all(endings) or not endings:
@@ -106,6 +107,22 @@ def _matching(model: nn.Module, names: Sequence[str] | str | None) -> list[str]:
     return _ending_in(present, endings)
 
 
+def _is_usual(name: str, family: Family) -> bool:
+    return bool(_ending_in([name], family.linears)) and not set(family.outside) & set(name.split("."))
+
+
+def _nearest_above(name: str, paths: Collection[str]) -> str:
+    """The longest of `paths`, one of which is "", that `name` lies in."""
+    while name not in paths:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module, by every path that it has."""
+    return model.named_modules(remove_duplicate=False)
+
+
 def _ending_in(present: list[str], endings: Sequence[str]) -> list[str]:
     return [name for name in present if ("." + name).endswith(tuple("." + ending for ending in endings))]
 
@@ -113,7 +130,7 @@ def _ending_in(present: list[str], endings: Sequence[str]) -> list[str]:
 def _readers_of(model: nn.Module, found: list[str]) -> dict[str, Reader]:
     """The modules, by path, that have a found linear in them and may read its weight."""
     above = {"", *(name[:i] for name in found for i, letter in enumerate(name) if letter == ".")}
-    readers = {path: reader_of(module) for path, module in model.named_modules(remove_duplicate=False) if path in above}
+    readers = {path: reader_of(module) for path, module in _modules(model) if path in above}
     return {path: reader for path, reader in readers.items() if reader is not None}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -50,9 +50,11 @@ def register_reader(path: str, reader: Reader) -> None:
     _READERS[path] = reader
 
 
-def family_of(model: nn.Module) -> Family:
-    """The family of the model's class, else of its nearest base class, else the plain one with `BLOCK_LINEARS`."""
-    return _nearest(type(model), _FAMILIES) or Family()
+def family_of(module: nn.Module) -> Family | None:
+    """The family of the module's class, else of its nearest base class; one that its class names itself comes first."""
+    family = _nearest(type(module), _FAMILIES)
+    own = getattr(module, "quant_names", None)
+    return replace(family or Family(), linears=tuple(own)) if own else family
 
 
 def reader_of(module: nn.Module) -> Reader | None:

@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
 import quantization
+import timm
 from quantization import RECIPES, Int4Linear, QuantLinear, Recipe, linear, swap, swap_linears, weight_cache
+from quantization.families.torch_modules import ENCODER_LINEARS
 from quantization.recipe import layer_class, layer_for
 
 REPOSITORY = Path(quantization.__file__).resolve().parent.parent
@@ -160,6 +162,21 @@ def test_no_name_is_refused(names):
     for model in (Block(), nn.Linear(4, 4)):
         with pytest.raises(ValueError, match="names must be endings of names of linear layers, got .*None takes"):
             swap_linears(model, Recipe(), names)
+
+
+def test_a_model_within_a_model_has_the_linears_of_its_own_family():
+    """Around CaiT, the usual names alone would leave its class attention's q, k and v in full precision."""
+    cait = timm.create_model("cait_xxs24_224", img_size=32, embed_dim=32, num_heads=1, depth=1, depth_token_only=1)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 1)
+    wrapper = nn.ModuleDict({"cait": cait, "encoder": encoder, "block": Block(), "head": nn.Linear(4, 4)})
+    alone = swap_linears(copy.deepcopy(cait), Recipe())
+    found = swap.quant_linears(swap_linears(wrapper, Recipe())).keys()
+    assert found == {
+        *(f"cait.{name}" for name in swap.quant_linears(alone)),
+        *(f"encoder.layers.0.{name}" for name in ENCODER_LINEARS),
+        *("block.mlp.fc1", "block.mlp.fc2"),
+    }
+    assert "cait.blocks_token_only.0.attn.q" in found
 
 
 def test_linears_of_one_weight_are_one_layer():
