@@ -136,7 +136,9 @@ def _readers_of(model: nn.Module, found: list[str]) -> dict[str, Reader]:
 
 def _refuse_what_cannot_be_swapped(model: nn.Module, found: list[str], readers: dict[str, Reader]) -> None:
     for path, reader in readers.items():
-        if (reason := reader.refusal(model.get_submodule(path))) is not None:
+        module = model.get_submodule(path)
+        reason = "its forward was replaced" if "forward" in vars(module) else reader.refusal(module)
+        if reason is not None:
             raise ValueError(f"{path or type(model).__name__} reads the weights of its linears, and {reason}")
     for name in found:
         parent, _, leaf = name.rpartition(".")

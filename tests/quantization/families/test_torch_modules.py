@@ -140,6 +140,15 @@ def test_other_kinds_of_attention_are_refused(options, reason):
     assert type(model["cross"]) is nn.MultiheadAttention
 
 
+def test_attention_whose_forward_was_replaced_is_refused():
+    """Such a function, to look at attention maps for example, may read the weights, and no class can replace it."""
+    attention = nn.MultiheadAttention(WIDTH, HEADS)
+    attention.forward = attention.forward
+    with pytest.raises(ValueError, match="MultiheadAttention reads the weights .*, and its forward was replaced"):
+        swap_linears(attention, Recipe(), ("in_proj", "out_proj"))
+    assert type(attention) is nn.MultiheadAttention and type(attention.out_proj) is not QuantLinear
+
+
 def test_a_subclass_of_attention_is_refused():
     class Mine(nn.MultiheadAttention):
         pass
