@@ -82,7 +82,7 @@ class ImageFiles(tv_datasets.ImageFolder):
         """
         samples = []
         for name, label in class_to_idx.items():
-            files = sorted(_files_below(Path(directory, name), self.passed_over))
+            files = sorted(_files_below(Path(directory, name), self.passed_over, _above(Path(directory, name))))
             found = [os.path.join(*place) for place in files if place[1].lower().endswith(IMG_EXTENSIONS)]
             self.passed_over += [os.path.join(*f) for f in files if not f[1].lower().endswith(IMG_EXTENSIONS)]
             if not found:
@@ -135,10 +135,19 @@ def find_classes(directory: Path) -> tuple[list[str], dict[str, int]]:
     return classes, {name: label for label, name in enumerate(classes)}
 
 
-def _files_below(directory: Path, loops: list[str], around: frozenset = frozenset()) -> Iterator[tuple[str, str]]:
-    """(Directory, name) of every file that is not hidden. Links are followed; those that lead back go into `loops`."""
+def _above(directory: Path) -> frozenset[tuple[int, int]]:
+    """The directories above `directory`, as it is named and where a link leads. They hold the other classes, too."""
+    return frozenset(map(_inode, {*directory.absolute().parents, *directory.resolve().parents}))
+
+
+def _inode(directory: Path) -> tuple[int, int]:
     status = directory.stat()
-    here = (status.st_dev, status.st_ino)
+    return status.st_dev, status.st_ino
+
+
+def _files_below(directory: Path, loops: list[str], around: frozenset) -> Iterator[tuple[str, str]]:
+    """(Directory, name) of every file that is not hidden. Links are followed; those to `around` go into `loops`."""
+    here = _inode(directory)
     if here in around:
         loops.append(str(directory))
         return

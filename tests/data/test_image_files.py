@@ -291,13 +291,14 @@ def test_a_turned_image_stands_upright_if_the_option_asks_for_it(orientation, tm
 
 
 def test_hidden_folders_and_files_are_passed_over_others_are_told(folder, capsys):
-    """A link that leads back, and a link to another folder, which counts."""
+    """Links that lead back, one of them to the images of all classes, and a link to another folder, which counts."""
     for half in ("train", "val"):
         (folder / half / ".ipynb_checkpoints").mkdir()
         (folder / half / ".ipynb_checkpoints" / "0.png").write_bytes(b"")
         (folder / half / "dark" / "._0.png").write_bytes(b"")
         (folder / half / "dark" / "notes.txt").write_text("no image")
         (folder / half / "dark" / "back").symlink_to(folder / half / "dark")
+        (folder / half / "light" / "up").symlink_to(folder)
         (folder / half / "light" / "more").symlink_to(folder / half / "dark" / "sub")
         (folder / half / "dark" / "sub").mkdir()
         (folder / half / "dark" / "sub" / "3.PNG").write_bytes((folder / half / "dark" / "0.png").read_bytes())
@@ -307,7 +308,7 @@ def test_hidden_folders_and_files_are_passed_over_others_are_told(folder, capsys
     wanted += ["light/0.png", "light/1.png", "light/2.png", "light/more/3.PNG"]
     assert [str(path) for path in found] == wanted and loaders.classes == ("dark", "light")
     told = capsys.readouterr().out.splitlines()
-    assert [line.split()[:4] for line in told] == [["note", "2", "files", "or"]] * 2 and str(folder) in told[0]
+    assert [line.split()[:4] for line in told] == [["note", "3", "files", "or"]] * 2 and str(folder) in told[0]
 
 
 def test_a_name_that_is_not_utf8_is_printed_with_an_escape(folder, monkeypatch):
