@@ -66,14 +66,17 @@ def fit_weights(
     weights, notes = _chosen(state, model.state_dict().keys(), path, option, which)
     weights, more = _in_names_of(model, weights, f"{option} {path} does not fit the model")
     notes += more
-    own, heads = model.state_dict(), _heads(model) if new_head else ()
+    own = model.state_dict()
+    fits = {name for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    kept: set[str] = set()
+    for head in _heads(model) if new_head else ():
+        names = {name for name in own if name.startswith(head) and not name.endswith(OURS)}
+        kept |= set() if names <= fits else names  # a head of which a part is missing is none
     weights = {
         name: value
         for name, value in weights.items()
-        if not (name.startswith(heads) and name in own and own[name].shape != value.shape)
-        and not (name.endswith(OURS) and name not in own)
+        if name not in kept and not (name.endswith(OURS) and name not in own)
     }
-    kept = {name for name in own if name.startswith(heads) and name not in weights}
     try:
         missing = set(model.load_state_dict(weights, strict=False).missing_keys) - kept
         unexpected = sorted(weights.keys() - own.keys())

@@ -143,6 +143,16 @@ def test_another_number_of_classes_keeps_the_models_head(name, options, heads, c
         load_weights(model, PATH, new_head=False)
 
 
+def test_a_head_of_which_a_part_is_missing_begins_at_random(capsys):
+    weights = random_weights()
+    torch.save({name: value for name, value in weights.items() if name != "head.bias"}, PATH)
+    model = timm.create_model("deit_micro_patch4_32", **SMALL)
+    before = model.head.weight.clone()
+    load_weights(model, PATH)
+    assert torch.equal(model.head.weight, before) and torch.equal(model.norm.weight, weights["norm.weight"])
+    assert "the model's begins at random" in capsys.readouterr().out
+
+
 def test_names_of_the_official_swin_and_deit_iii():
     """Swin numbers its downsamplings by the stage before; DeiT-III has gamma_1 where timm has ls1.gamma."""
     swin = {"img_size": 32, "embed_dim": 32, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4, "num_classes": 3}
