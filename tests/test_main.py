@@ -874,7 +874,7 @@ def test_lost_groups_are_logged(capsys):
 
 def test_options_are_these():
     """An option is a promise: a change of them is one of this list, the README and a test. Remedies may be added."""
-    options = {flag for action in build_parser()._actions for flag in action.option_strings if flag.startswith("--")}
+    options = {text for action in build_parser()._actions for text in action.option_strings if text.startswith("--")}
     of_remedies = {flag(f.name) for one in REMEDIES.values() for f in fields(one.options)}
     assert of_remedies >= set(
         """--q-ema --q-ema-beta --q-ramping --q-ramping-k1 --q-ramping-k2 --q-ramping-steps --dampen --dampen-reduction

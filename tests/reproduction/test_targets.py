@@ -193,7 +193,7 @@ def test_the_papers_hyperparameters(model, name, global_batch, lr, beta, k2):
     setup = protocol.setups[model]
     assert (setup.model, setup.global_batch, setup.lr, protocol.epochs) == (name, global_batch, lr, 90)
     q_ema, q_ramping = (
-        parse_args([*run_of(table, row, setup, protocol).options, "--device", "cpu"]).precision
+        parse_args([*run_of(table, row, setup, protocol).options, "--device", "cpu"]).remedies
         for row in table.rows
         if row.label in ("TetraJet + Q-EMA", "TetraJet + Q-Ramping")
     )
