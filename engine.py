@@ -130,9 +130,9 @@ class TrainStep:
             optimizer.step()
 
     def settle(self, most: int = MOST_IN_A_ROW) -> None:
-        """Read the decision about the previous step, and count it if it was skipped.
+        """Read whether the step before was skipped, and count it if so.
 
-        Each step calls this before it decides its own skip; the caller does after the last step.
+        Every step calls this for the step before it. The caller calls it once more, after the last step.
 
         Raises NonFiniteSteps if `most` steps in a row were skipped.
         """
@@ -219,7 +219,7 @@ def train_one_epoch(
     sums.totals = sums.totals.to(step.device)
     step.skips.count = sums.skipped_steps
     start = time.perf_counter() - sums.seconds
-    with progress(loader, f"epoch {epoch + 1}/{num_epochs}", sums.steps) as bar:
+    with progress_bar(loader, f"epoch {epoch + 1}/{num_epochs}", sums.steps) as bar:
         for index, batch in enumerate(bar, start=sums.steps):
             step.place = f"epoch {epoch + 1}, step {index + 1}"
             loss, correct = step(batch)
@@ -278,7 +278,7 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
     totals = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=device)  # images, then each metric
     # Sharded weights are gathered by all processes together, so those with fewer batches make extra forward passes.
     missing = max(processes.gather(len(loader))) - len(loader) if is_sharded_model(model) else 0
-    with weights_quantized_once(model), progress(loader, "evaluate") as bar:
+    with weights_quantized_once(model), progress_bar(loader, "evaluate") as bar:
         for batch in bar:
             images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
             with autocast(device):
@@ -292,7 +292,7 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
     return {name: value / seen for name, value in zip(METRICS, sums)}
 
 
-def progress(loader: DataLoader | None, description: str, done: int = 0, total: int | None = None) -> tqdm:
+def progress_bar(loader: DataLoader | None, description: str, done: int = 0, total: int | None = None) -> tqdm:
     """A progress bar on the main process, over `loader` or over `total` steps, of which `done` are finished.
 
     If the output goes to a file, the bar prints a line every ten seconds.

@@ -764,7 +764,7 @@ class TestMistakes:
         monkeypatch.setattr(setup, "build_criterion", slow)
         before = {p: p.read_bytes() for p in Path("out").iterdir() if p.is_file()}
         arguments = [*TINY, "--epochs", "1", "--track-oscillation", "--output-dir", "out", "--resume", "auto"]
-        monkeypatch.setattr(checkpoint.Run, "restore", lambda self, state: None)  # else it would be done already
+        monkeypatch.setattr(checkpoint.RunState, "restore", lambda self, state: None)  # else it would be done already
         assert main(arguments) == 2 and "another process was there until now" in capsys.readouterr().err
         assert before == {p: p.read_bytes() for p in Path("out").iterdir() if p.is_file()}
 

@@ -28,7 +28,7 @@ VERSION = 2
 LAST, BEST = LAST_CHECKPOINT, BEST_CHECKPOINT
 EARLIER = re.compile(r"earlier_checkpoint_([1-9]\d*)\.pth")  # 1 is the one before the last
 PARTS = ("identity", "model", "optimizer", "scheduler", "epoch", "best_acc1", "rng", "sums", "more", "within")
-"""What `Run._state` writes, `Run._restore` reads, and no checkpoint may lack."""
+"""What `RunState._state` writes, `RunState._restore` reads, and no checkpoint may lack."""
 
 
 class Damaged(UserError):
@@ -36,7 +36,7 @@ class Damaged(UserError):
 
 
 @dataclass
-class Run:
+class RunState:
     """The state of a run: objects with a `state_dict`, and the counters of the epoch loop."""
 
     identity: dict

@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from datasets import CALIBRATION_ORDER, DataConfig, Loaders, set_epoch, take_bad_images
-from engine import EpochSums, TrainStep, evaluate, progress, train_one_epoch
+from engine import EpochSums, TrainStep, evaluate, progress_bar, train_one_epoch
 from quantization import Remedies, copy_precision, detect_oscillation, lerp_unless, take_lost_groups
 from quantization.shards import local
 from runtime import processes, sharding
@@ -48,7 +48,7 @@ class RunForRemedies:
         """Raises Stopped, with everything restored, if a signal asks the run to end."""
         loader = self.loaders.calibration
         set_epoch(loader, self.data, CALIBRATION_ORDER + epoch)
-        with progress(None, "detect oscillation", total=steps) as bar:
+        with progress_bar(None, "detect oscillation", total=steps) as bar:
 
             def train_step(batch) -> None:
                 nonlocal done
@@ -74,7 +74,7 @@ class RunForRemedies:
 class Training:
     """A run of `epochs` epochs that goes on from `progress`."""
 
-    progress: checkpoint.Run
+    progress: checkpoint.RunState
     step: TrainStep
     loaders: Loaders
     data: DataConfig

@@ -60,7 +60,7 @@ def by_recipe(default: object, text: str, kind: Callable[[str], object] | None, 
 
 
 @dataclass(frozen=True)
-class LowPrecision:
+class LowPrecisionOptions:
     """The recipe of the block linears, how they are multiplied, and what is measured of their weights."""
 
     title = "low precision"
@@ -109,7 +109,7 @@ RemedyOptions = _join_remedies()
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelOptions:
     """The model and the weights that it starts from."""
 
     title = "model"
@@ -131,7 +131,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataOptions:
     """The data set, how its images are augmented, and how they are loaded."""
 
     title = "data"
@@ -150,11 +150,11 @@ class Data:
     num_classes: int | None = option(None, "refuse data with another number of classes", whole(1))
     input_size: int | None = by_recipe(None, "pixels per side of an image", whole(1))
     mean: list[float] | None = option(
-        None, "of the channels, in [0, 1] (default: image folders: the model's own; else ImageNet's)", share,
+        None, "mean of each channel, in [0, 1] (default: the model's own for image folders, else ImageNet's)", share,
         nargs=3, metavar=("R", "G", "B"),
     )  # fmt: skip
     std: list[float] | None = option(
-        None, "the same for the standard deviation", real(1e-6), nargs=3, metavar=("R", "G", "B")
+        None, "standard deviation of each channel, like --mean", real(1e-6), nargs=3, metavar=("R", "G", "B")
     )
     exif_orientation: bool = switch("turn image files as their EXIF orientation says")
     num_workers: int = by_recipe(8, "loader processes for each training process", whole(0, 512))
@@ -170,7 +170,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingOptions:
     """DeiT's recipe (Touvron et al. 2021, Table 9) over the paper's 90 epochs."""
 
     title = "training"
@@ -194,7 +194,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Distillation:
+class DistillationOptions:
     """Distillation from a teacher (Touvron et al. 2021, section 3)."""
 
     title = "distillation"
@@ -208,7 +208,7 @@ class Distillation:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunOptions:
     """Where and how the program runs, and what it leaves behind."""
 
     title = "run"
@@ -232,7 +232,7 @@ class Run:
         None, "go on from this checkpoint; auto: the last intact one in --output-dir", metavar="PATH"
     )
     save_epochs: int = option(1, "epochs between two checkpoints (default: 1)", whole(1), metavar="N")
-    save_steps: int = option(0, "steps between two more checkpoints; 0 for none (default: 0)", whole(0), metavar="N")
+    save_steps: int = option(0, "write a checkpoint every N steps, too; 0 for none (default: 0)", whole(0), metavar="N")
     keep_checkpoints: int = option(2, "the last K stay, and the best (default: 2)", whole(1), metavar="K")
     deterministic: bool = switch("on a GPU: the same bits again, if more slowly")
     eval: bool = switch("evaluate --resume or --finetune and stop")
@@ -243,28 +243,28 @@ def names_of(group: type) -> list[str]:
 
 
 GROUPS = {
-    "precision": LowPrecision,
+    "precision": LowPrecisionOptions,
     "remedies": RemedyOptions,
-    "model": Model,
-    "data": Data,
-    "training": Training,
-    "distillation": Distillation,
-    "run": Run,
+    "model": ModelOptions,
+    "data": DataOptions,
+    "training": TrainingOptions,
+    "distillation": DistillationOptions,
+    "run": RunOptions,
 }
 FIELDS: dict[str, Field] = {f.name: f for group in GROUPS.values() for f in fields(group)}
 """Every option by name."""
 SAME_ON_RESUME = tuple(f.name for group in GROUPS.values() for f in fields(group) if f.name not in group.free_on_resume)
 """The options whose values a checkpoint's identity records, because a resumed run must train as its first part did."""
 RECIPE_OPTIONS = (
-    *(name for name in names_of(LowPrecision) if name not in ("matmul", "track_oscillation")),
+    *(name for name in names_of(LowPrecisionOptions) if name not in ("matmul", "track_oscillation")),
     *names_of(RemedyOptions),
 )
 """The options that make up the recipe and the remedies: to give one is to choose them all anew."""
 
 
 NOT_FOR_EVALUATION = {
-    *names_of(Run),
-    *names_of(Distillation),
+    *names_of(RunOptions),
+    *names_of(DistillationOptions),
     *("finetune", "pretrained", "weights", "download", "num_workers", "matmul", "track_oscillation"),
 }
 """Options whose values an evaluation does not take from a checkpoint."""
@@ -274,13 +274,13 @@ NOT_FOR_EVALUATION = {
 class Options:
     """A command line with every default filled in."""
 
-    precision: LowPrecision
+    precision: LowPrecisionOptions
     remedies: RemedyOptions
-    model: Model
-    data: Data
-    training: Training
-    distillation: Distillation
-    run: Run
+    model: ModelOptions
+    data: DataOptions
+    training: TrainingOptions
+    distillation: DistillationOptions
+    run: RunOptions
     given: frozenset[str] = frozenset()
     """Names of the options that the user gave."""
     num_processes: int = 1

@@ -67,7 +67,7 @@ from training.models import (
     share_weights,
 )
 from training.optimizer import build_optimizer, build_scheduler
-from training.options import FIELDS, SAME_ON_RESUME, LowPrecision, Options, flag
+from training.options import FIELDS, SAME_ON_RESUME, LowPrecisionOptions, Options, flag
 from training.run_log import RunLog, json_line
 from training.weights import Weights, fit_weights, load_weights, read_weights
 
@@ -76,10 +76,10 @@ OPTIMIZER, DATA, CLASSES = "optimizer", "data", "classes"
 
 
 def implied_identity(classes: tuple[str, ...] | None = None) -> dict[str, object]:
-    """The values to assume for what did not exist when an older checkpoint was written.
+    """The values that an older checkpoint had of the settings which did not exist when it was written.
 
-    They are the defaults; an option that `needs` another one, which is off then, is None if its type allows None. All
-    images were normalized by ImageNet's numbers. Names of classes were not stored, so they are taken to be these.
+    An option had its default, or None if it needs another option that is off by default. All images were normalized by
+    ImageNet's numbers, and all groups had 32 values. The classes' names were not stored; `classes` stands for them.
     """
     implied = {OPTIMIZER: "AdamW", CLASSES: classes, "mean": Preprocessing().mean, "std": Preprocessing().std}
     implied["group size"] = 32
@@ -105,7 +105,7 @@ class Setup:
     """What of the model is quantized; None if the recipe quantizes nothing."""
 
 
-def build_recipe(precision: LowPrecision) -> Recipe | Int4Recipe:
+def build_recipe(precision: LowPrecisionOptions) -> Recipe | Int4Recipe:
     """The named recipe with the changes that the options ask for."""
     recipe = RECIPES[precision.quant]
     if isinstance(recipe, Int4Recipe):
@@ -414,7 +414,7 @@ def build_training(setup: Setup, identity: dict, directory: Path, from_start: bo
     interrupts = Interrupts(device)
     remedies.connect(RunForRemedies(model, step, loaders, setup.data, interrupts))
     tracker = build_tracker(setup) if precision.track_oscillation else None
-    progress = checkpoint.Run(
+    progress = checkpoint.RunState(
         identity,
         model,
         optimizer,

@@ -20,7 +20,7 @@ from ..measures.oscillation import PathLengths
 from ..operators import HAS_TRITON
 from ..shards import local, sharded_like
 from ..swap import plain_rounding
-from .snapshot import rewound
+from .rewound import rewound
 from .step_count import count_steps
 
 if HAS_TRITON:

@@ -21,7 +21,7 @@ ORDER = (
     *("families.base", "families.torch_modules", "families.torchvision_models", "families.timm_models"),
     *("swap", "weight_cache", "coverage", "create"),
     *("measures.latent", "measures.oscillation"),
-    *("optim.step_count", "optim.snapshot", "optim.ramping"),
+    *("optim.step_count", "optim.rewound", "optim.ramping"),
     *("remedies.base", "remedies.cosine", *(f"remedies.{name}" for name in REMEDIES)),
 )
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import timm
 from engine import TrainStep
-from quantization import QEma, RampingAdamW, Recipe, detect_oscillation, quant_linears, take_lost_groups
+from quantization import Heal, QEma, RampingAdamW, Recipe, detect_oscillation, quant_linears, take_lost_groups
 from runtime.cuda_graph import WARM_UP_CALLS, CudaGraph
 from training.losses import OutputLoss
 
@@ -65,6 +65,22 @@ def test_same_bits_as_without(recipe, micro_batches):
     assert torch.equal(torch.stack(got), torch.stack(expected)) and len(set(map(float, got))) == STEPS
     for (name, a), b in zip(ordinary.state_dict().items(), replayed.state_dict().values()):
         assert torch.equal(a, b), name
+
+
+def test_a_healed_model_is_recorded_anew():
+    """Quantized until the passes are replayed, then healed, then quantized again: the losses of ordinary steps."""
+    losses = []
+    for recorded in (False, True):
+        model = build(Recipe())
+        optimizer, heal = torch.optim.AdamW(model.parameters(), lr=1e-3), Heal(1)
+        heal.attach(model)
+        step = TrainStep(model, OutputLoss(F.cross_entropy), optimizer, torch.device("cuda"), cuda_graph=recorded)
+        torch.manual_seed(2)
+        losses.append([])
+        for healed in (False, True, False):
+            heal.load_state_dict({"healed": healed})
+            losses[-1] += [step(batch)[0] for batch in batches(STEPS)]
+    assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
 
 
 def test_detection_is_recorded_apart_and_leaves_no_trace():

@@ -59,7 +59,7 @@ start, stop, device = processes.start, processes.stop, []
 processes.start = lambda kind: device[0] if device else device.append(start(kind)) or device[0]
 processes.stop = lambda: None
 after_step, call, train = rank_check.RankCheck.after_step, engine.TrainStep.__call__, loop.train_one_epoch
-parse, steps, digits, save = main.parse_args, 0, Digits.arrays, checkpoint.Run.save
+parse, steps, digits, save = main.parse_args, 0, Digits.arrays, checkpoint.RunState.save
 fresh_keys, drop, mix = quantization.linear.fresh_keys, timm.layers.DropPath.forward, timm.data.Mixup._params_per_batch
 swin, create_swin = timm.models.swin_transformer, timm.models.swin_transformer._create_swin_transformer
 create_deit = timm.models.deit._create_deit
@@ -139,7 +139,7 @@ Digits.arrays, timm.models.deit._create_deit = few_digits, small_deit
 # One held-out image is left out, so that rank 0 has 18 images to evaluate, rank 1 has 17.
 # Without a GPU nothing is recorded, but all else is as with --cuda-graph.
 main.parse_args, engine.CudaGraph = recorded, replayed
-swin._create_swin_transformer, checkpoint.Run.save = small_swin, hashed
+swin._create_swin_transformer, checkpoint.RunState.save = small_swin, hashed
 rank_check.RankCheck.after_step, engine.TrainStep.__call__, loop.train_one_epoch = perturbed, stopped, interrupted
 quantization.linear.fresh_keys, timm.layers.DropPath.forward, timm.data.Mixup._params_per_batch = keys, dropped, mixed
 for arguments, more in json.loads(Path("runs.json").read_text()):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantization.optim.snapshot import rewound
+from quantization.optim.rewound import rewound
 from runtime.rng import rng_state, set_rng_state
 
 FIRST_AFTER_SEED_0 = (0.8444218515250481, 0.5488135039273248)

@@ -45,7 +45,7 @@ class Parts:
         elif method == "osci-reset":
             self.answer = OsciReset(self.model, STEPS, 0.1, 3, 2.0)
         more = {} if self.answer is None else {"oscillation": self.answer}
-        self.run = checkpoint.Run(
+        self.run = checkpoint.RunState(
             IDENTITY, self.model, self.optimizer, self.scheduler, self.model_ema, EpochSums(), more=more
         )
 
@@ -124,5 +124,5 @@ def test_the_parts_that_no_checkpoint_may_lack_are_those_that_are_written():
     """Beside them a checkpoint has its format, an average if there is one, and options, which older ones lack."""
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    run = checkpoint.Run({}, model, optimizer, CosineLRScheduler(optimizer, 2), None, sums=EpochSums())
+    run = checkpoint.RunState({}, model, optimizer, CosineLRScheduler(optimizer, 2), None, sums=EpochSums())
     assert run._state().keys() == {*checkpoint.PARTS, "format", "version", "model_ema", "options"}

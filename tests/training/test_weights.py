@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import timm
 from main import main
-from quantization import Recipe, create_model
+from quantization import Int4Recipe, Recipe, create_model
 from runtime.errors import UserError
-from training.weights import Weights, load_weights
+from training.weights import OURS, Weights, load_weights
 
 SMALL = {"img_size": 16, "num_classes": 3}
 PATH = Path("weights.pth")
@@ -32,6 +32,15 @@ def random_weights(name: str = "deit_micro_patch4_32", **options) -> dict[str, T
     generator = torch.Generator().manual_seed(1)
     state = timm.create_model(name, **SMALL | options).state_dict()
     return {name: torch.randn(value.shape, generator=generator) for name, value in state.items()}
+
+
+def test_every_tensor_that_quantizing_adds_is_one_that_a_file_may_lack():
+    """`OURS` must name what the layers of every recipe have besides a weight and a bias."""
+    plain, added = timm.create_model("deit_micro_patch4_32", **SMALL).state_dict().keys(), set()
+    for recipe in (Recipe(), Recipe().with_q_ema(), Int4Recipe()):
+        names = timm.create_model("deit_micro_patch4_32", **SMALL, quant=recipe).state_dict().keys()
+        added |= {f".{name.rpartition('.')[2]}" for name in names - plain}
+    assert added == set(OURS)
 
 
 def prefixed(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from quantization import RampingAdamW
-from quantization.optim.snapshot import rewound
+from quantization.optim.rewound import rewound
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, RampingAdamW])
