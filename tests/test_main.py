@@ -213,6 +213,9 @@ class TestTraining:
             wanted = {f"{prefix}_{name}": value for name, value in evaluated(model, images, labels).items()}
             assert {name: last[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
         fails([*TINY, "--eval", "--resume", "out/checkpoint.pth"], "same --heal: this run has None, .* has 2", capsys)
+        state = torch.load("out/checkpoint.pth", weights_only=True)
+        torch.save(state | {"more": 7}, "damaged.pth")
+        fails(["--eval", "--device", "cpu", "--resume", "damaged.pth"], "--resume found a damaged checkpoint", capsys)
 
     def test_a_recipe_made_by_switches_is_the_checkpoints(self, evaluated, capsys):
         switches = ["--backward-rounding", "nearest", "--backward-operands", "direct", "--scaling", "floor"]

@@ -6,7 +6,8 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from training.run_files import BEST_CHECKPOINT, LAST_CHECKPOINT, LOG
 
 if TYPE_CHECKING:
     from engine import EpochSums
+    from quantization import Remedies
 
 FORMAT = "tetrajet-checkpoint"
 VERSION = 2
@@ -100,10 +102,8 @@ class RunState:
 
     def restore(self, state: dict) -> None:
         """Restore `state`, which `load` returned. Raises UserError if this run has another number of processes."""
-        try:
+        with _damage_is_told():
             self._restore(state)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError("--resume found a damaged checkpoint, of which parts are missing; give another") from error
 
     def _restore(self, state: dict) -> None:
         if len(state["rng"]) != processes.world_size():
@@ -126,7 +126,7 @@ class RunState:
         if self.model_ema is not None:
             sharding.load_model(self.model_ema, state["model_ema"])
         for name, part in self.more.items():
-            part.load_state_dict(remedies_of(state) if name == "remedies" else state["more"][name])
+            part.load_state_dict(_remedies_of(state) if name == "remedies" else state["more"][name])
         for name, part in self.within.items():
             if name in state["within"]:
                 part.load_state_dict(state["within"][name])
@@ -135,7 +135,22 @@ class RunState:
         set_rng_state(state["rng"][processes.rank()])
 
 
-def remedies_of(state: dict) -> dict[str, dict]:
+@contextmanager
+def _damage_is_told() -> Iterator[None]:
+    """Whatever goes wrong with values of another structure becomes a UserError."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError("--resume found a damaged checkpoint, of which parts are missing; give another") from error
+
+
+def restore_remedies(remedies: Remedies, state: dict) -> None:
+    """Give remedies the state that they have in a checkpoint. Raises UserError for a damaged one."""
+    with _damage_is_told():
+        remedies.load_state_dict(_remedies_of(state))
+
+
+def _remedies_of(state: dict) -> dict[str, dict]:
     """The state of each remedy in a checkpoint, by the remedy's name.
 
     Older checkpoints have that of dampening, freezing or OsciReset under one key, whichever of them the run had.

@@ -315,7 +315,7 @@ def evaluate_only(setup: Setup) -> None:
     if resume:
         path, state = checkpoint.load_newest(resume, evaluated_identity(setup), implied_identity(setup.loaders.classes))
         fit_weights(model, state, path, "--resume", new_head=False, which=Weights(options.model.weights))
-        setup.remedies.load_state_dict(checkpoint.remedies_of(state))
+        checkpoint.restore_remedies(setup.remedies, state)
     elif options.run.resume:
         raise UserError(f"--eval --resume auto needs {options.run.output_dir / checkpoint.LAST}, which is missing")
     if options.run.fsdp:
