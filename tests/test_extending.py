@@ -35,9 +35,9 @@ def apply_diff(diff: str, root: Path) -> None:
         (root / name).write_text(content.replace(old, new), encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("copy")
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    root = tmp_path
     for name in ROOMS:
         shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("main.py", "engine.py", "datasets.py", "pyproject.toml"):
@@ -67,15 +67,11 @@ def run_tests(root: Path, paths: list[str]) -> str:
 
 
 def test_the_examples_pass_their_tests(copy):
-    titles = [title for title in SECTIONS if title != "Another group size"]
-    tests = [path for title in titles for path in add(title, copy)]
-    assert len(titles) == len(tests) == 5
-    assert "8 passed" in run_tests(copy, [*tests, "tests/quantization/test_imports.py::test_every_file_has_its_place"])
-
-
-def test_another_group_size_passes_its_tests(copy):
-    """The examples before are in the copy as well, or not: they have nothing to do with it."""
-    assert "2 passed" in run_tests(copy, add("Another group size", copy))
+    """All of them at once, in groups of 16, which takes one start of Python."""
+    tests = [path for title in SECTIONS for path in add(title, copy)]
+    assert len(SECTIONS) == len(tests) == 6
+    tests.append("tests/quantization/test_imports.py::test_every_file_has_its_place")
+    assert "10 passed" in run_tests(copy, tests)
 
 
 @pytest.mark.parametrize(("title", "row"), [("A remedy", "a remedy for oscillation"), ("A data set", "a data set")])
