@@ -194,8 +194,8 @@ class TestTraining:
         assert name not in happened or a[happened[name]] > 0
 
     def test_a_healed_checkpoint_is_evaluated_healed_and_quantized(self, evaluated, capsys):
-        """Each by its own forward pass, in the log and by --eval: ordinary linears but for block 0, and MX ones."""
-        options = [*TINY, "--heal", "2", "--keep-blocks", "0", "--output-dir", "out"]
+        """Each by its own forward pass, in the log and by --eval: ordinary linears, and MX ones but in block 0."""
+        options = [*TINY, "--heal", "2", "--keep-blocks", "0", "--model-ema-decay", "0.5", "--output-dir", "out"]
         assert main(options) == 0
         first, last = lines_of(Path("out/log.txt"))
         assert "quantized_acc1" not in first
@@ -204,16 +204,17 @@ class TestTraining:
         shown = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert shown == {name: last[name] for name in shown} and len(shown) == 6
         images, labels = digits()[1]
-        weights = torch.load("out/checkpoint.pth", weights_only=True)["model"]
-        for prefix, recipe in (("test", RECIPES["none"]), ("quantized", Recipe())):
+        state = torch.load("out/checkpoint.pth", weights_only=True)
+        for prefix in ("test", "quantized", "ema"):
+            recipe = Recipe() if prefix == "quantized" else RECIPES["none"]
             model = build_model("deit_micro_patch4_32", 10, 8, 0.0, recipe)
             if prefix == "quantized":
                 restore_linears(model, [name for name in quant_linears(model) if name.startswith("blocks.0.")])
-            model.load_state_dict(weights)
+            weights = state["model_ema" if prefix == "ema" else "model"]
+            model.load_state_dict({name.removeprefix("module."): value for name, value in weights.items()})
             wanted = {f"{prefix}_{name}": value for name, value in evaluated(model, images, labels).items()}
             assert {name: last[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
         fails([*TINY, "--eval", "--resume", "out/checkpoint.pth"], "same --heal: this run has None, .* has 2", capsys)
-        state = torch.load("out/checkpoint.pth", weights_only=True)
         torch.save(state | {"more": 7}, "damaged.pth")
         fails(["--eval", "--device", "cpu", "--resume", "damaged.pth"], "--resume found a damaged checkpoint", capsys)
 
