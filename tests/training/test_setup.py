@@ -226,6 +226,7 @@ def old_run(finished, tmp_path) -> Path:
         "--osci-reset",
         "--dampen-reduction",
         "optimizer",
+        *("mean", "std", "group size", "--heal", "--keep-blocks", "--osci-reset-window", "--warmup-prefix"),
     )
     return path.parent
 
