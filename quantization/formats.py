@@ -109,13 +109,21 @@ _FORMATS = {
 
 
 class Scaling(str, Enum):
-    """The rule that gives the exponent s of a group's scale S = 2**s from the group's amax M (paper section 3.2)."""
+    """The rule that gives the exponent s of a group's scale S = 2**s from the group's amax M (paper section 3.2).
+
+    A new one is a member here and its arithmetic in `reference._scale_byte` and in the kernel of that name.
+    """
 
     TRUNCATION_FREE = "truncation_free"
     """s = ceil(log2(M / Qp)): no scaled value exceeds Qp, so nothing is clipped and stochastic rounding is unbiased."""
     FLOOR = "floor"
     """s = floor(log2 M) - Emax (OCP MX section 6.3): one more bit of resolution for some groups, but scaled values
     may exceed Qp, and those saturate."""
+
+    @property
+    def rounds_up(self) -> bool:
+        """Whether s is rounded up where M / Qp is no power of two. Raises KeyError for a member without arithmetic."""
+        return {Scaling.TRUNCATION_FREE: True, Scaling.FLOOR: False}[self]
 
 
 class Rounding(str, Enum):

@@ -85,7 +85,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Kept:
-    """The form in which X or W lies among the tensors that the forward pass saves for the backward pass.
+    """How X or W is stored for the backward pass: as packed codes or as it came, with or without its amax.
 
     The forward pass keeps codes and scales where double quantization reads them, 4.25 bits a value, else the tensor as
     it came; and the amax if the backward matmul is in FP8.

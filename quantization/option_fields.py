@@ -50,8 +50,8 @@ def option(
 ) -> Field:
     """A field whose value `kind` parses; it refuses what is out of range.
 
-    An option that `needs` another one is an error where the user gives it while the other one is off. Where the user
-    does not give it then, it is None if its type allows None, else its default.
+    If the option `needs` another one that is off, giving it is an error. If it is not given then, its value is None if
+    its type allows None, else its default.
     """
     return field(default=default, metadata={"help": text, "type": kind, "needs": needs, **argparse_options})
 

@@ -214,7 +214,7 @@ def _scale_byte(amax: Tensor, fmt: ElementFormat, scaling: Scaling) -> Tensor:
     bits = amax.view(torch.int32)
     bits = bits.masked_fill(bits == 0, ZERO_GROUP_BITS)
     byte = (bits >> FP32_MANTISSA_BITS).sub_(fmt.max_exponent)
-    if scaling is Scaling.TRUNCATION_FREE:
+    if scaling.rounds_up:
         byte += (bits & FP32_MANTISSA_MASK) > fmt.max_mantissa
     return byte.clamp_(min=0)
 

@@ -248,7 +248,7 @@ def load_newest(paths: list[Path], identity: dict, implied: Mapping[str, object]
 def load(path: Path, identity: dict, implied: Mapping[str, object] | None = None) -> dict:
     """The content of a checkpoint of ours, on the CPU.
 
-    An older checkpoint's identity may lack a key; `implied` has the value that was the only one then.
+    An older checkpoint's identity may lack a key; `implied` has the value that all older runs had.
     Raises UserError for a file that is missing, unreadable, not ours, or of a run whose `identity` differs.
     """
     state = read(path)

@@ -84,8 +84,8 @@ class Training:
     epochs: int
     save_epochs: int
     """Epochs between two checkpoints."""
-    save_steps: int | None
-    """Steps between additional checkpoints within an epoch, or None for no such checkpoints."""
+    save_steps: int
+    """Steps between additional checkpoints within an epoch; 0 for none."""
     num_parameters: int
     """Number of parameters of the whole model, for the log."""
     remedies: Remedies = field(default_factory=Remedies)

@@ -259,7 +259,7 @@ RECIPE_OPTIONS = (
     *(name for name in names_of(LowPrecisionOptions) if name not in ("matmul", "track_oscillation")),
     *names_of(RemedyOptions),
 )
-"""The options that make up the recipe and the remedies: to give one is to choose them all anew."""
+"""The recipe and the remedies. If --eval is given one of them, it takes none of them from the checkpoint."""
 
 
 NOT_FOR_EVALUATION = {

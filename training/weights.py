@@ -22,7 +22,7 @@ from training import checkpoint
 PLAIN, AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")
 """Keys under which training programs store the model and its moving average."""
 OURS = (".weight_ema", ".ema_updates", ".input_step", ".weight_step")
-"""Ends of the names that a model in low precision has in addition; one without them does not need them."""
+"""Ends of the names of tensors that only low-precision models have. A file may lack them."""
 
 
 class Weights(str, Enum):

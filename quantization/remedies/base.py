@@ -96,7 +96,7 @@ class Remedy:
     def before_epoch(self, epoch: int) -> dict[str, float]:
         """Called before the first step of epoch 0, 1, ...; returns numbers for that epoch's line of the log.
 
-        A run that goes on within an epoch does not call it: what it has changed belongs to `state_dict`.
+        A run that goes on within an epoch does not call it, so `state_dict` must hold what this method sets.
         """
         return {}
 
