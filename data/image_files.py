@@ -230,7 +230,7 @@ class ImageFolders(DataSet):
             if not (root / split).is_dir():
                 raise UserError(
                     f"--data-path {root} must hold {' and '.join(f'{s}/' for s in splits)}, found no {split}/; "
-                    "see the README's data"
+                    "see docs/data.md"
                 )
         try:
             *others, classes = (find_classes(root / split)[0] for split in splits)

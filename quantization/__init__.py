@@ -1,7 +1,7 @@
 """MXFP4 training: number formats, quantizers, the linear layer, measures of oscillation, remedies, and INT4.
 
-This package knows nothing of data sets or command lines, and of models only what `families/` says. A file imports only
-from files that are listed before it, and the same holds for the folders:
+This package knows nothing of data sets, parses no command line, and knows of models only what `families/` says. A file
+imports only from files that are listed before it, and the same holds for the folders:
 
     formats, recipe         number formats; the choice of quantizers for a layer
     option_fields           how options of main.py are declared

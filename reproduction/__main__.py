@@ -73,7 +73,7 @@ def check_data(protocol: Protocol, name: str, path: Path | None) -> None:
 
     if DATA_SETS[protocol.data_set].needs_path and path is None:
         raise UserError(
-            f"--protocol {name} needs {protocol.data_set}'s files; set DATA_PATH or give --data-path, see the README"
+            f"--protocol {name} needs {protocol.data_set}'s files; set DATA_PATH or give --data-path, see docs/data.md"
         )
     options = {"download": False, "input_size": 32, "batch_size": 1, "num_workers": 0, "repeats": 1, "seed": 0}
     options |= {"aa": "none", "color_jitter": 0.0, "reprob": 0.0}

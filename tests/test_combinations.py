@@ -247,7 +247,7 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
 
 @pytest.mark.parametrize(("recipe", "wanted"), [(RECIPES["none"], 36), (Recipe(), 27.7)], ids=["bf16", "TetraJet"])
 def test_what_a_block_keeps_for_its_backward_pass(recipe, wanted):
-    """Bytes a token and channel, the README's numbers; what has the size of the weights falls out."""
+    """Bytes a token and channel, the numbers of docs/performance.md; what has the size of the weights falls out."""
     block = timm.create_model("deit_small_patch16_224", quant=recipe).blocks[0]
 
     def kept(images: int) -> int:
