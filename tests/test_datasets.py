@@ -18,6 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment
 from torchvision import transforms as T
 
 import datasets
+from data.base import register
 from data.fractals import fractal_images
 from data.in_memory import Digits, InMemory, ShiftAndFlip, read_idx
 from data.transforms import RAND_AUGMENT, build_transform
@@ -364,6 +365,11 @@ def test_one_class_and_one_entry_add_a_data_set(change, monkeypatch):
     assert "Small data below is all but IMNET and FOLDER." in words
     assert re.search(r"length of the run \(.*; small data: 40;.* DIGITS: 8;.* STRIPES: 3.*\)", words)
     assert words.count("; STRIPES: ") == 1  # no other option differs from small data
+
+
+def test_a_data_set_of_a_name_that_is_taken_is_refused():
+    with pytest.raises(ValueError, match="a data set's name must be its own, got DIGITS, which another one has"):
+        register(Digits())
 
 
 @pytest.mark.parametrize("shape, labels", [((9, 8, 8), 9), ((9, 3, 8, 8), 9), ((9, 64), 9), ((9, 8, 8, 3), 8)], ids=str)

@@ -116,6 +116,11 @@ def test_defaults_that_papers_give():
     assert (student.distillation_alpha, student.distillation_tau) == (0.5, 1.0)
 
 
+def test_remedies_that_do_not_act_on_q2_need_none():
+    options = parse_args(["--quant", "mxfp4", "--quantizers", "q1", "--heal", "1", "--keep-blocks", "0"])
+    assert (options.remedies.heal, options.remedies.keep_blocks) == (1, (0,))
+
+
 ZEROS = {
     "--q-ema-beta": ["--quant", "mxfp4", "--q-ema"],
     "--q-ramping-k2": ["--quant", "mxfp4", "--q-ramping"],
