@@ -71,12 +71,8 @@ def train(model: nn.Module, steps: int) -> OscillationWindow:
 
 
 def show_an_oscillating_weight(window: OscillationWindow, figure: Path) -> None:
-    print(
-        f"4. The weight that oscillated most in the last {window.steps} steps. Its ratio R_w is the path of Q2(w) over the"
-    )
-    print(
-        "   path of w: the weight hardly moves, but each time it crosses a threshold, Q2(w) moves by a step of the grid."
-    )
+    print(f"4. The weight that oscillated most in the last {window.steps} steps. Its ratio R_w is the path of Q2(w)")
+    print("   over the path of w: the weight hardly moves, but each time it crosses a threshold, Q2(w) jumps.")
     (weight,) = window.trajectories(1)
     print(f"   {weight.layer}[{weight.row}][{weight.column}]: R_w = {weight.ratio:.1f}")
     draw(weight, figure)
