@@ -103,19 +103,11 @@ def test_scaling_on_a_cpu(tmp_path, run):
     assert result.stdout.count("| TetraJet | ") == 3
 
 
-def test_scaling_of_compiled_models(tmp_path, run):
-    check_scaling_of_compiled_models(run, tmp_path)
-
-
 @pytest.mark.long
-def test_scaling_of_compiled_code(tmp_path):
-    check_scaling_of_compiled_models(run_it_all, tmp_path)
-
-
-def check_scaling_of_compiled_models(run, tmp_path: Path) -> None:
+def test_scaling_of_compiled_models(tmp_path):
     small = ["--model", "deit_micro_patch4_32", "--batch-size", "2", "--steps", "1", "--device", "cpu"]
     file = tmp_path / "scaling.csv"
-    result = run("scaling.py", *small, "--compile", "--recipes", "TetraJet", "--csv", str(file))
+    result = run_it_all("scaling.py", *small, "--compile", "--recipes", "TetraJet", "--csv", str(file))
     assert result.returncode == 0, result.stderr
     rows = list(csv.DictReader(open(file)))
     assert [(row["processes"], row["how"]) for row in rows] == WAYS[:2]

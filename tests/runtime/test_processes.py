@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -223,13 +226,26 @@ RUNS = [  # directory, arguments, what goes wrong, exit code
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, ranks) -> tuple[Path, subprocess.CompletedProcess]:
-    """`RUNS` by two processes: where they are, and what was printed."""
-    directory = tmp_path_factory.mktemp("two")
+    """`RUNS` by two processes: where they are, and what was printed. Workers of pytest-xdist share one set of runs."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        directory = tmp_path_factory.mktemp("two")
+        return directory, run_all(directory, ranks)
+    directory = tmp_path_factory.getbasetemp().parent / "two"
+    said = directory / "said.json"
+    with open(f"{directory}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if not said.is_file():
+            directory.mkdir(exist_ok=True)
+            result = run_all(directory, ranks)
+            said.write_text(json.dumps([[], result.returncode, result.stdout, result.stderr]))
+    return directory, subprocess.CompletedProcess(*json.loads(said.read_text()))
+
+
+def run_all(directory: Path, ranks: Callable) -> subprocess.CompletedProcess:
     torch.manual_seed(0)
     teacher = build_model("deit_micro_patch4_32", 10, 32, 0.0, build_recipe(parse_args([]).precision))
     torch.save(teacher.state_dict(), directory / "teacher.pth")
-    result = launch(ranks, directory, [([*args, "--output-dir", name], more) for name, args, more, _ in RUNS])
-    return directory, result
+    return launch(ranks, directory, [([*args, "--output-dir", name], more) for name, args, more, _ in RUNS])
 
 
 def test_exit_codes_and_what_is_said_once(two):

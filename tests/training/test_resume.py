@@ -150,7 +150,10 @@ def steps_saved(path: Path = Path("parts/checkpoint.pth")) -> int:
     return state["epoch"] * STEPS + state["sums"][0]["steps"]
 
 
-@pytest.mark.parametrize(("save_steps", "workers"), [(1, "0"), (2, "0"), (4, "2"), (5, "0"), (7, "0")])
+@pytest.mark.parametrize(
+    ("save_steps", "workers"),
+    [(1, "0"), (4, "2"), *(pytest.param(n, "0", marks=pytest.mark.long) for n in (2, 5, 7))],
+)
 def test_killed_four_times_at_random(save_steps, workers, command, whole):
     """20 points in all, detections among them. Loaders' processes change nothing either."""
     command += ["--save-steps", str(save_steps), "--num-workers", workers]
@@ -436,8 +439,6 @@ def test_a_tracked_window_in_progress_goes_on(data, monkeypatch):
 
 REMEDIES = {
     "dampen": ["--dampen", "0.1"],
-    "freeze": ["--freeze", "0.002"],
-    "osci-reset": ["--osci-reset", "--osci-reset-start", "0.3", "--osci-reset-interval", "5"],
     "osci-reset back to back": ["--osci-reset", "--osci-reset-start", "2", "--osci-reset-window", "3"],
     "heal": ["--heal", "2", "--q-ema", "--model-ema-decay", "0.9"],
     "keep-blocks": ["--keep-blocks", "0", "--freeze", "0.002"],
