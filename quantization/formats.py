@@ -122,7 +122,7 @@ class Scaling(str, Enum):
 
     @property
     def rounds_up(self) -> bool:
-        """Whether s is rounded up where M / Qp is no power of two. Raises KeyError for a member without arithmetic."""
+        """True if s is rounded up where M / Qp is no power of two. Raises KeyError for a member without arithmetic."""
         return {Scaling.TRUNCATION_FREE: True, Scaling.FLOOR: False}[self]
 
 

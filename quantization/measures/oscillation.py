@@ -37,7 +37,7 @@ def oscillation_ratio(weight_path: Tensor, quantized_path: Tensor) -> Tensor:
 
 
 def oscillates(ratio: Tensor) -> Tensor:
-    """Where a weight counts as oscillating, bool: its ratio R_w exceeds 16 (paper section 6)."""
+    """Bool, True for each weight that oscillates: its ratio R_w exceeds 16 (paper section 6)."""
     return ratio > OSCILLATION_THRESHOLD
 
 

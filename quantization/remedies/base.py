@@ -1,4 +1,4 @@
-"""What a remedy for oscillation is, and the registry of remedies by the option that switches each of them on.
+"""This file defines what a remedy for oscillation is, and holds the registry of remedies.
 
 A remedy is one file of this folder: a dataclass with its options and a `Remedy` under the decorator `@remedy`. The
 program finds the file by itself; docs/extending.md has an example. A run calls the methods in this order:
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..recipe import Recipe
 
 EVERY_REMEDY = ("every remedy",)
-"""What a remedy `goes_with` that may be combined with any other one."""
+"""The value of `goes_with` for a remedy that may be combined with any other one."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RunLength:
 
 
 class TrainingRun(Protocol):
-    """What a remedy may use of the training program besides the model."""
+    """The parts of the training program that a remedy may use besides the model."""
 
     optimizer: torch.optim.Optimizer
     steps_per_epoch: int
@@ -55,7 +55,7 @@ class TrainingRun(Protocol):
 
 
 class Remedy:
-    """A remedy that does nothing; a subclass overrides what it needs."""
+    """The base class of remedies. Its methods do nothing; a subclass overrides `from_options` and those it needs."""
 
     name: ClassVar[str]
     """The option that switches it on, such as q_ema."""
@@ -64,11 +64,11 @@ class Remedy:
     goes_with: ClassVar[tuple[str, ...]] = ()
     """Names of the remedies that may be on at the same time. It is enough if one of two remedies names the other."""
     can_shard: ClassVar[bool] = True
-    """Whether it works with --fsdp, where each process has only some rows of a weight."""
+    """True if it works with --fsdp, where each process has only some rows of a weight."""
     needs_q2: ClassVar[bool] = True
-    """Whether it acts on weights that Q2 quantizes, so that it needs Q2."""
+    """True if it acts on weights that Q2 quantizes, so that it needs Q2."""
     in_evaluation: ClassVar[bool] = False
-    """Whether it changes what a model computes, so that --eval builds it, too, with a `RunLength` of no steps."""
+    """True if it changes what a model computes. Then --eval builds it, too, with a `RunLength` of no steps."""
     optimizer_class: ClassVar[type[torch.optim.Optimizer] | None] = None
     """The optimizer that it needs instead of AdamW, if any."""
 
@@ -78,7 +78,7 @@ class Remedy:
 
         Raises ValueError, with the option, the value and a remedy in one line, for options that do not fit the run.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__} must say how it is made from its options")
 
     def change_recipe(self, recipe: Recipe) -> Recipe:
         """The recipe to build the model with instead of `recipe`."""
@@ -118,7 +118,7 @@ class Remedy:
         return {}
 
     def state_dict(self) -> dict:
-        """What a checkpoint keeps of it, beside the model's buffers: tensors and plain values."""
+        """The tensors and plain values that a checkpoint keeps of it, beside the model's buffers."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
@@ -157,7 +157,7 @@ def remedy(name: str, options: type) -> Callable[[type[Remedy]], type[Remedy]]:
 
 
 def go_together(first: str, second: str) -> bool:
-    """Whether the remedies of these two names may be on in one run."""
+    """Tell if the remedies of these two names may be on in one run."""
     a, b = REMEDIES[first], REMEDIES[second]
     return second in a.goes_with or first in b.goes_with or EVERY_REMEDY in (a.goes_with, b.goes_with)
 
