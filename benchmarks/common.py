@@ -74,6 +74,41 @@ def timed(call: Callable[[], object], device: torch.device, warm_up: int, repeat
     return sorted(start.elapsed_time(end) for start, end in events)
 
 
+def interleaved(
+    calls: dict[str, Callable[[], object]], device: torch.device, warm_up: int, repeats: int
+) -> dict[str, list[float]]:
+    """Milliseconds of every repeat of each call, sorted. The calls take turns, launch by launch.
+
+    So whatever changes with time, such as the clock of a GPU, changes for all of them.
+    """
+    for call in calls.values():
+        for _ in range(warm_up):
+            call()
+    times = {name: [] for name in calls}
+    for _ in range(repeats):
+        if device.type == "cuda":
+            # Other work is queued first, so that no call is timed by how fast Python launches it.
+            torch.cuda._sleep(int(len(calls) * 2e-4 * 1.7e9))  # clock cycles
+        spans = []
+        for call in calls.values():
+            start = _now(device)
+            call()
+            spans.append((start, _now(device)))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        for name, (start, end) in zip(calls, spans):
+            times[name].append(start.elapsed_time(end) if device.type == "cuda" else 1000 * (end - start))
+    return {name: sorted(values) for name, values in times.items()}
+
+
+def _now(device: torch.device) -> torch.cuda.Event | float:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 def median_and_percentiles(times: list[float]) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile."""
     if len(times) == 1:

@@ -90,8 +90,7 @@ def check(device: torch.device) -> None:
     """Raises AssertionError unless kernels and FP8 products give what they must on fresh random numbers."""
     x, w = torch.randn(197, 384, device=device), torch.randn(96, 384, device=device)
     q, backend = Quantizer(), backend_for(x)
-    how = (q.element, q.scaling, q.rounding)
-    for got, expected in zip(backend.quantize(x, *how)[1:3], reference.quantize(x, *how)[1:3]):
+    for got, expected in zip(backend.quantize(x, q)[1:3], reference.quantize(x, q)[1:3]):
         assert torch.equal(got, expected), "the kernels do not return the reference's bits"
     products = []
     for a_fp8, b_fp8 in ((Fp8.E5M2, Fp8.E4M3), (None, None)):
@@ -101,7 +100,7 @@ def check(device: torch.device) -> None:
             if fp8 is not None:
                 lost = torch.zeros(1, dtype=torch.int64, device=device)
                 options = {"fp8": fp8, "largest": backend.largest_magnitude(tensor), "lost": lost}
-            values, _, _, scale = backend.quantize(tensor, *how, pack=False, **options)
+            values, _, _, scale = backend.quantize(tensor, q, pack=False, **options)
             operands.append(Operand(values, scale))
         products.append(multiply(*operands, torch.float32).double())
     error = ((products[0] - products[1]).norm() / products[1].norm()).item()

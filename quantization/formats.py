@@ -30,8 +30,6 @@ FP64_MANTISSA_BITS = 52
 FP64_EXPONENT_BIAS = 1023
 ZERO_GROUP_BITS = 0x322BCC77  # fp32 1e-8, which replaces the amax of an all-zero group
 
-RANDOM_BITS = 16  # random bits that decide one stochastic rounding
-
 FP8_ROW_MULTIPLE = 16  # FP8 matmuls need operands whose rows are a multiple of 16 bytes
 
 
@@ -77,6 +75,11 @@ class ElementFormat:
     def max(self) -> float:
         """Qp, the largest magnitude."""
         return self.magnitudes[-1]
+
+    @property
+    def random_bits(self) -> int:
+        """The random bits that decide one stochastic rounding: those of an fp32 mantissa below the element's own."""
+        return FP32_MANTISSA_BITS - self.mantissa_bits
 
     @property
     def values(self) -> tuple[float, ...]:

@@ -123,9 +123,7 @@ def _forward_operand(
         return Operand(x_RL.to(plan.dtype)), kept, (x_RL, amax) if keep_amax else (x_RL,)
     values_RL, codes_RB, scales_RG, operand_scale = backend.quantize(
         x_RL,
-        q.element,
-        q.scaling,
-        q.rounding if ema_RL is None else Rounding.EMA,
+        q if ema_RL is None else replace(q, rounding=Rounding.EMA),
         key=key,
         ema_RL=ema_RL,
         ema_active=ema_active,
@@ -143,7 +141,7 @@ def _backward_operands(
     source: Tensor | Packed,
     rows: Quantizer | None,
     columns: Quantizer | None,
-    keys: tuple[Tensor | None, Tensor | None],
+    key: Tensor,
     plan: _Plan,
     fp8: Fp8 | None,
     amax: Tensor | None,
@@ -168,7 +166,7 @@ def _backward_operands(
             source,
             rows,
             columns,
-            keys=keys,
+            key=key,
             dtype=plan.dtype,
             fp8=fp8,
             largest=amax,
@@ -185,12 +183,13 @@ def _gradient_operands(
     dy_NC: Tensor,
     plan: _Plan,
     needs: tuple[bool, bool, bool],
-    keys: tuple[Tensor, Tensor],
+    key: Tensor,
 ) -> tuple[Operand | None, Operand | None, Tensor | None]:
     """Q3(dY) [N, C], Q5(dY) transposed to [C, N], and the fp32 column sums [C] for db, each None where not needed.
 
     `needs` tells which of dX, dW and db are. One pass over dY makes all three, unless one of the two matmuls is in FP8
-    and the other is not, because its second operand is not quantized.
+    and the other is not, because its second operand is not quantized. Q3 and Q5 share the draws of `key`: dX needs Q3
+    to be independent of Q4, and dW needs Q5 to be independent of Q6, but no product holds both Q3 and Q5.
     """
     recipe, (needs_dx, needs_dw, needs_db) = plan.recipe, needs
     q3, q5 = recipe.q3 if needs_dx else None, recipe.q5 if needs_dw else None
@@ -201,9 +200,9 @@ def _gradient_operands(
         amax = backend_for(dy_NC).largest_magnitude(dy_NC)
     if q3 is None or q5 is None or dx_fp8 is dw_fp8:
         fp8 = dx_fp8 if q3 is not None else dw_fp8
-        return _backward_operands(dy_NC, q3, q5, keys, plan, fp8, amax, needs_db)
-    dy_rows_NC, _, _ = _backward_operands(dy_NC, q3, None, (keys[0], None), plan, dx_fp8, amax)
-    _, dy_columns_CN, db_C = _backward_operands(dy_NC, None, q5, (None, keys[1]), plan, dw_fp8, amax, needs_db)
+        return _backward_operands(dy_NC, q3, q5, key, plan, fp8, amax, needs_db)
+    dy_rows_NC, _, _ = _backward_operands(dy_NC, q3, None, key, plan, dx_fp8, amax)
+    _, dy_columns_CN, db_C = _backward_operands(dy_NC, None, q5, key, plan, dw_fp8, amax, needs_db)
     return dy_rows_NC, dy_columns_CN, db_C
 
 
@@ -291,21 +290,21 @@ class _MXLinear(torch.autograd.Function):
         saved = list(ctx.saved_tensors)  # read once, because checkpointing recomputes the forward pass for it
         x_source, x_amax = ctx.kept_x.read(saved)
         w_source, w_amax = ctx.kept_w.read(saved)
-        # The keys are new for every layer, operand and backward pass, so micro-batches and ranks round independently.
-        key3, key4, key5, key6 = fresh_keys(4, dy.device).split(1)
+        # The keys are new for every layer, tensor and backward pass, so micro-batches and ranks round independently.
+        key_dy, key_w, key_x = fresh_keys(3, dy.device).split(1)
         needs_dx, needs_dw, has_bias_gradient = ctx.needs_input_grad[:3]
         needs_db = ctx.bias_dtype is not None and has_bias_gradient
-        dy_rows_NC, dy_columns_CN, db_C = _gradient_operands(dy_NC, plan, (needs_dx, needs_dw, needs_db), (key3, key5))
+        dy_rows_NC, dy_columns_CN, db_C = _gradient_operands(dy_NC, plan, (needs_dx, needs_dw, needs_db), key_dy)
         dx = dw_CD = None
         if needs_dx:
             _, w_fp8 = plan.fp8_of(recipe.q3, recipe.q4)
-            _, w_operand_DC, _ = _backward_operands(w_source, None, recipe.q4, (None, key4), plan, w_fp8, w_amax)
+            _, w_operand_DC, _ = _backward_operands(w_source, None, recipe.q4, key_w, plan, w_fp8, w_amax)
             # dX [N, D] = Q3(dY) [N, C] @ Q4(Q2(W)) [D, C].T. Operands: bf16 x bf16, E5M2 x E4M3 or fp32 x fp32.
             # Result: the dtype of X.
             dx = multiply(dy_rows_NC, w_operand_DC, ctx.x_dtype).reshape(ctx.x_shape)
         if needs_dw:
             _, x_fp8 = plan.fp8_of(recipe.q5, recipe.q6)
-            _, x_operand_DN, _ = _backward_operands(x_source, None, recipe.q6, (None, key6), plan, x_fp8, x_amax)
+            _, x_operand_DN, _ = _backward_operands(x_source, None, recipe.q6, key_x, plan, x_fp8, x_amax)
             # dW [C, D] = Q5(dY)^T [C, N] @ Q6(Q1(X)) [D, N].T. Operands: bf16 x bf16, E5M2 x E4M3 or fp32 x fp32.
             # Result: the dtype of W, which is fp32 for a master weight.
             dw_CD = multiply(dy_columns_CN, x_operand_DN, ctx.weight_dtype)

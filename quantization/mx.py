@@ -15,6 +15,7 @@ from torch import Tensor
 from . import operators
 from .formats import Element, Rounding, Scaling
 from .philox import fresh_keys
+from .recipe import Quantizer
 
 
 def backend_for(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
@@ -104,7 +105,8 @@ def quantize_mx(
     rows_shape = x.shape[:axis] + x.shape[axis + 1 :]
     x_RL = _as_rows(x, axis)
     ema_RL = None if ema is None else _as_rows(ema.detach(), axis)
-    _, codes_RB, scales_RG, _ = backend_for(x_RL).quantize(x_RL, element, scaling, rounding, key=key, ema_RL=ema_RL)
+    quantizer = Quantizer(element=element, scaling=scaling, rounding=rounding)
+    _, codes_RB, scales_RG, _ = backend_for(x_RL).quantize(x_RL, quantizer, key=key, ema_RL=ema_RL)
     codes = codes_RB.reshape(*rows_shape, codes_RB.shape[-1]).movedim(-1, axis)
     scales = scales_RG.reshape(*rows_shape, scales_RG.shape[-1]).movedim(-1, axis).view(torch.float8_e8m0fnu)
     return MXTensor(codes, scales, shape, axis, element)

@@ -33,7 +33,6 @@ from .formats import (
     FP64_MANTISSA_BITS,
     GROUP_SIZE,
     MAX_MAGNITUDE_CODE,
-    RANDOM_BITS,
     SCALE_NAN,
     SIGN_CODE,
     ZERO_GROUP_BITS,
@@ -44,8 +43,12 @@ from .formats import (
     Scaling,
     fp8_range,
 )
-from .philox import group_bits
+from .philox import element_draws
 from .recipe import Quantizer
+
+NUMERICS = 2
+"""Rises when the same seed gives other numbers. 1 drew 16 bits per rounding from Philox with 10 rounds, and Q3 and Q5
+drew apart. Checkpoints and records of runs keep it, and reports do not pool runs that differ in it."""
 
 TORCH_FP8 = {Fp8.E5M2: torch.float8_e5m2, Fp8.E4M3: torch.float8_e4m3fn}
 
@@ -79,9 +82,7 @@ class Operand(NamedTuple):
 
 def quantize(
     x_RL: Tensor,
-    element: Element,
-    scaling: Scaling,
-    rounding: Rounding,
+    quantizer: Quantizer,
     *,
     key: Tensor | None = None,
     ema_RL: Tensor | None = None,
@@ -94,47 +95,20 @@ def quantize(
 ) -> Quantized:
     """Quantize every group of 32 elements along the rows of `x_RL`.
 
-    `key` (one int64) decides stochastic rounding. `ema_RL`, shaped like `x_RL`, decides EMA rounding; while the
-    scalar tensor `ema_active` is false, EMA rounding is nearest rounding. `values_dtype` asks for the quantized
-    values, `pack` for codes and scales. A group that holds NaN or Inf becomes NaN: scale 0xFF, codes 0.
+    `key` (one int64) decides stochastic rounding: an element's draw follows from the key and from the element's place.
+    `ema_RL`, shaped like `x_RL`, decides EMA rounding; while the scalar tensor `ema_active` is false, EMA rounding is
+    nearest rounding. `values_dtype` asks for the quantized values, `pack` for codes and scales. A group that holds NaN
+    or Inf becomes NaN: scale 0xFF, codes 0.
 
     `fp8` asks for the values as FP8 numbers instead, over a power of two that follows from `largest`, the tensor's amax
     (`largest_magnitude(x_RL)`) or more, in rows padded with zeros to a multiple of 16. They are exact, unless the scale
     of a group lies further below the tensor's than `fp8` spans: such a group underflows to zero, and if it was not zero
     before, it is counted in `lost`, an int64 [1].
     """
-    fmt = element.format
-    rows, length = x_RL.shape
-    x = _groups(x_RL)
-    magnitude = x.abs()
-    amax = magnitude.amax(dim=-1, keepdim=True)
-    non_finite = ~(amax < torch.inf)
-    ema = None if ema_RL is None else _groups(ema_RL)
-    if ema is not None:
-        non_finite |= ~(ema.abs() < torch.inf).all(dim=-1, keepdim=True)
-    scale_byte = _scale_byte(amax, fmt, scaling)
-
-    inverse_scale = ((2 * FP32_EXPONENT_BIAS - scale_byte) << FP32_MANTISSA_BITS).view(torch.float32)
-    y = magnitude.mul_(inverse_scale)  # |x| / S
-    if rounding is Rounding.STOCHASTIC:
-        code = _stochastic_code(y, fmt, group_bits(key, rows, x.shape[1]))
-    elif rounding is Rounding.EMA:
-        code = _nearest_code(y, fmt, ema * inverse_scale, x.signbit(), ema_active)
-    else:
-        code = _nearest_code(y, fmt)
-    code.clamp_(max=MAX_MAGNITUDE_CODE)
-    code.add_((x.view(torch.int32) >> 31) & SIGN_CODE).masked_fill_(non_finite, 0)
-    scale_byte.masked_fill_(non_finite, SCALE_NAN)
-
-    values_RL = codes_RB = scales_RG = operand_scale = None
-    if fp8 is not None:
-        counts = (amax > 0) & ~non_finite
-        values_RL, operand_scale = _fp8_values(code, scale_byte, counts, element, scaling, fp8, largest, lost, length)
-    if values_dtype is not None:
-        values_RL = _values(code, scale_byte, fmt, values_dtype)[:, :length]
-    if pack:
-        codes_RB, scales_RG = _packed(code, scale_byte, length)
-    return Quantized(values_RL, codes_RB, scales_RG, operand_scale)
+    draws_RL = None
+    if quantizer.rounding is Rounding.STOCHASTIC:
+        draws_RL = element_draws(key, *x_RL.shape, quantizer.element.format.random_bits)
+    return _quantize(x_RL, quantizer, draws_RL, ema_RL, ema_active, values_dtype, fp8, largest, lost, pack)
 
 
 def dequantize(codes_RB: Tensor, scales_RG: Tensor, length: int, element: Element, dtype: torch.dtype) -> Tensor:
@@ -165,7 +139,7 @@ def quantize_both(
     rows: Quantizer | None,
     columns: Quantizer | None,
     *,
-    keys: tuple[Tensor | None, Tensor | None] = (None, None),
+    key: Tensor | None = None,
     dtype: torch.dtype | None = None,
     fp8: Fp8 | None = None,
     largest: Tensor | None = None,
@@ -174,23 +148,76 @@ def quantize_both(
 ) -> tuple[Operand | None, Operand | None, Tensor | None]:
     """Quantize a matrix [N, C] along its rows, along its columns, or both.
 
-    Returns the operand [N, C] of `rows`, the operand [C, N] of `columns`, each with a key of its own, and, if
-    `with_sum`, the fp32 sums [C] of the unquantized columns. Values are in `dtype`, or in `fp8`, which needs `lost` and
-    `largest` like `quantize`. For a packed source, `largest` is the amax of the tensor that its quantizer read.
+    Returns the operand [N, C] of `rows`, the operand [C, N] of `columns`, and, if `with_sum`, the fp32 sums [C] of the
+    unquantized columns. Both operands round an element (n, c) by the same draw from `key`, which biases neither. Values
+    are in `dtype`, or in `fp8`, which needs `lost` and `largest` like `quantize`. For a packed source, `largest` is the
+    amax of the tensor that its quantizer read.
     """
     x_NC, bound = source, largest
     if isinstance(source, Packed):
         x_NC = dequantize(source.codes_RB, source.scales_RG, source.length, source.quantizer.element, torch.float32)
         bound = None if largest is None else largest_quantized(largest, source.quantizer)
-    results = []
-    for x_RL, q, key in ((x_NC, rows, keys[0]), (x_NC.T, columns, keys[1])):
-        result = None
-        if q is not None:
-            options = {"fp8": fp8, "largest": bound, "lost": lost} if fp8 is not None else {"values_dtype": dtype}
-            values_RL, _, _, scale = quantize(x_RL, q.element, q.scaling, q.rounding, key=key, pack=False, **options)
-            result = Operand(values_RL, scale)
-        results.append(result)
-    return results[0], results[1], x_NC.sum(dim=0, dtype=torch.float32) if with_sum else None
+    operands, draws = [], {}
+    for q, transposed in ((rows, False), (columns, True)):
+        if q is None:
+            operands.append(None)
+            continue
+        bits = q.element.format.random_bits
+        if q.rounding is Rounding.STOCHASTIC and bits not in draws:
+            draws[bits] = element_draws(key, *x_NC.shape, bits)
+        x_RL, draws_RL = x_NC, draws.get(bits)
+        if transposed:
+            x_RL, draws_RL = x_NC.T, None if draws_RL is None else draws_RL.T
+        values_dtype = None if fp8 is not None else dtype
+        made = _quantize(x_RL, q, draws_RL, None, None, values_dtype, fp8, bound, lost, False)
+        operands.append(Operand(made.values_RL, made.operand_scale))
+    return *operands, x_NC.sum(dim=0, dtype=torch.float32) if with_sum else None
+
+
+def _quantize(
+    x_RL: Tensor,
+    quantizer: Quantizer,
+    draws_RL: Tensor | None,
+    ema_RL: Tensor | None,
+    ema_active: Tensor | None,
+    values_dtype: torch.dtype | None,
+    fp8: Fp8 | None,
+    largest: Tensor | None,
+    lost: Tensor | None,
+    pack: bool,
+) -> Quantized:
+    """`quantize` by given draws, int32 like `x_RL`."""
+    fmt, length = quantizer.element.format, x_RL.shape[1]
+    x = _groups(x_RL.to(torch.float32))
+    magnitude = x.abs()
+    amax = magnitude.amax(dim=-1, keepdim=True)
+    non_finite = ~(amax < torch.inf)
+    ema = None if ema_RL is None else _groups(ema_RL.to(torch.float32))
+    if ema is not None:
+        non_finite |= ~(ema.abs() < torch.inf).all(dim=-1, keepdim=True)
+    scale_byte = _scale_byte(amax, fmt, quantizer.scaling)
+
+    inverse_scale = ((2 * FP32_EXPONENT_BIAS - scale_byte) << FP32_MANTISSA_BITS).view(torch.float32)
+    y = magnitude.mul_(inverse_scale)  # |x| / S
+    if quantizer.rounding is Rounding.STOCHASTIC:
+        code = _stochastic_code(y, fmt, _groups(draws_RL))
+    elif quantizer.rounding is Rounding.EMA:
+        code = _nearest_code(y, fmt, ema * inverse_scale, x.signbit(), ema_active)
+    else:
+        code = _nearest_code(y, fmt)
+    code.clamp_(max=MAX_MAGNITUDE_CODE)
+    code.add_((x.view(torch.int32) >> 31) & SIGN_CODE).masked_fill_(non_finite, 0)
+    scale_byte.masked_fill_(non_finite, SCALE_NAN)
+
+    values_RL = codes_RB = scales_RG = operand_scale = None
+    if fp8 is not None:
+        counts = (amax > 0) & ~non_finite
+        values_RL, operand_scale = _fp8_values(code, scale_byte, counts, quantizer, fp8, largest, lost, length)
+    if values_dtype is not None:
+        values_RL = _values(code, scale_byte, fmt, values_dtype)[:, :length]
+    if pack:
+        codes_RB, scales_RG = _packed(code, scale_byte, length)
+    return Quantized(values_RL, codes_RB, scales_RG, operand_scale)
 
 
 def _padded(x_RL: Tensor, length: int) -> Tensor:
@@ -199,10 +226,10 @@ def _padded(x_RL: Tensor, length: int) -> Tensor:
 
 
 def _groups(x_RL: Tensor) -> Tensor:
-    """fp32 [R, G, E], the last group of a row padded with zeros."""
+    """The groups [R, G, E] of a matrix, the last group of a row padded with zeros."""
     rows, length = x_RL.shape
     groups = -(-length // GROUP_SIZE)
-    return _padded(x_RL.to(torch.float32), groups * GROUP_SIZE).reshape(rows, groups, GROUP_SIZE)
+    return _padded(x_RL, groups * GROUP_SIZE).reshape(rows, groups, GROUP_SIZE)
 
 
 def _scale_byte(amax: Tensor, fmt: ElementFormat, scaling: Scaling) -> Tensor:
@@ -252,17 +279,17 @@ def _nearest_code(
 
 
 def _stochastic_code(y: Tensor, fmt: ElementFormat, draw: Tensor) -> Tensor:
-    """Magnitude code of y >= 0: random bits are added below the last mantissa bit of `fmt`, and the bits below it cut.
+    """Magnitude code of y >= 0: a draw is added to the mantissa bits below the last one of `fmt`, and they are cut.
 
-    The probability of the upper neighbour is y's position between the two, rounded to a multiple of 2**-16; it is zero
-    for a y on the grid. Below the least binade 2**e, adding 2**e to y gives it the spacing of that binade.
+    `draw` has as many bits b as there are below it (`fmt.random_bits`), so of the 2**b draws just as many round up as
+    y's position between its neighbours says, rounded to a multiple of 2**-b (nearest, ties to even): none for a y on
+    the grid. Every position in a binade of `fmt` is such a multiple. Below the least binade 2**e, adding 2**e to y
+    gives it the spacing of that binade, and rounds its position.
     """
-    kept = FP32_MANTISSA_BITS - fmt.mantissa_bits
+    kept = fmt.random_bits
     least = 2.0**fmt.min_exponent
     small = y < least
-    bits = torch.where(small, y + least, y).view(torch.int32)
-    below_tie = (1 << (kept - RANDOM_BITS - 1)) - 1
-    bits = bits + (((2**RANDOM_BITS - 1 - draw) << (kept - RANDOM_BITS)) + below_tie)
+    bits = torch.where(small, y + least, y).view(torch.int32) + draw
     first = (FP32_EXPONENT_BIAS + fmt.min_exponent) << fmt.mantissa_bits
     return (bits >> kept) - first + torch.where(small, 0, 1 << fmt.mantissa_bits)
 
@@ -277,8 +304,7 @@ def _fp8_values(
     code: Tensor,
     scale_byte: Tensor,
     counts: Tensor,
-    element: Element,
-    scaling: Scaling,
+    quantizer: Quantizer,
     fp8: Fp8,
     amax: Tensor,
     underflowed: Tensor,
@@ -289,9 +315,9 @@ def _fp8_values(
     A group that is too small for FP8 underflows to zero, and is added to `underflowed` if `counts`, [R, G, 1], is true:
     for groups that are neither zero nor NaN.
     """
-    fmt = element.format
+    fmt = quantizer.element.format
     bottom, top = fp8_range(fp8, fmt)
-    exponent_byte = (_scale_byte(amax.view(torch.float32), fmt, scaling) - top).clamp_(min=1)
+    exponent_byte = (_scale_byte(amax.view(torch.float32), fmt, quantizer.scaling) - top).clamp_(min=1)
     underflows = scale_byte - exponent_byte < bottom
     underflowed += (underflows & counts).sum()
     values = _values(code, scale_byte, fmt, torch.float64).view_as(code)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets import DATA_SETS
+from quantization.reference import NUMERICS
 from reproduction.protocols import Protocol, Setup
 from reproduction.targets import Row, Target
 from runtime.errors import UserError
@@ -149,6 +150,8 @@ class Existing:
     """The runs that a directory holds, by configuration and seed."""
 
     runs: dict[tuple[tuple[str, ...], int], list[tuple[dict, Path]]]
+    numerics: int | None
+    """That of all runs; None if there is none."""
 
     def directories(self, run: Run) -> dict[int, Path]:
         """The directory of a finished run for each seed of the configuration; a tracked one is preferred."""
@@ -170,11 +173,20 @@ class Existing:
 
 
 def existing(out: Path) -> Existing:
+    """The runs in `out`. Raises UserError if they differ in their numerics, because no report may pool them."""
     runs: dict = {}
+    numerics: dict[int, Path] = {}
     for path in sorted(out.glob(f"*/{RECORD}")):
         record = read_record(path.parent)
+        numerics.setdefault(record["numerics"], path.parent)
         runs.setdefault((tuple(record["configuration"]), record["seed"]), []).append((record, path.parent))
-    return Existing(runs)
+    if len(numerics) > 1:
+        (first, place), (second, other) = sorted(numerics.items())[:2]
+        raise UserError(
+            f"runs in one directory must have the same numerics, {place} has {first} and {other} has {second}; "
+            "move those of one kind to another --out"
+        )
+    return Existing(runs, next(iter(numerics), None))
 
 
 def read_record(directory: Path) -> dict:
@@ -184,6 +196,7 @@ def read_record(directory: Path) -> dict:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not {"configuration", "seed", "tracked", "command", "environments"} <= record.keys():
             raise ValueError
+        record.setdefault("numerics", 1)  # records without the key are older than it
     except (AttributeError, OSError, ValueError) as error:
         raise UserError(
             f"{directory} must hold a run of this program, its {RECORD} is missing or damaged; "
@@ -211,14 +224,29 @@ def write_record(run: Run, directory: Path, command: list[str], options: dict, e
     """
     environments = read_record(directory)["environments"] if (directory / RECORD).exists() else []
     environments += [environment] if environment not in environments else []
-    record = {**run.record, "command": shell(command), "options": options, "environments": environments}
+    record = {
+        **run.record,
+        "numerics": NUMERICS,
+        "command": shell(command),
+        "options": options,
+        "environments": environments,
+    }
     with replacing(directory / RECORD) as part:
         part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def remaining(runs: list[Run], out: Path) -> list[Run]:
-    """Those that are not finished. Raises UserError if a directory that one of them needs holds something else."""
+    """Those that are not finished. Raises UserError if a directory that one of them needs holds something else.
+
+    The same goes for runs that are to join others of older numerics.
+    """
     for run in runs:
         check_directory(run, out / run.name)
     found = existing(out)
-    return [run for run in runs if run.seed not in found.directories(run)]
+    missing = [run for run in runs if run.seed not in found.directories(run)]
+    if missing and found.numerics not in (None, NUMERICS):
+        raise UserError(
+            f"runs in one directory must have the same numerics, {out} holds runs of numerics {found.numerics} and "
+            f"this program makes runs of {NUMERICS}; give another --out"
+        )
+    return missing

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from quantization.reference import NUMERICS
 from runtime import processes, sharding
 from runtime.errors import UserError
 from runtime.files import replacing
@@ -86,6 +87,7 @@ class RunState:
         return {
             "format": FORMAT,
             "version": VERSION,
+            "numerics": NUMERICS,
             "identity": self.identity,
             "options": self.options,
             "model": model,
@@ -101,9 +103,19 @@ class RunState:
         }
 
     def restore(self, state: dict) -> None:
-        """Restore `state`, which `load` returned. Raises UserError if this run has another number of processes."""
+        """Restore `state`, which `load` returned. Raises UserError if this run has another number of processes.
+
+        A checkpoint of other numerics is restored with a note, because the run that goes on is not the one that was
+        begun.
+        """
         with _damage_is_told():
             self._restore(state)
+        theirs = state.get("numerics", 1)  # checkpoints without the key are older than it
+        if theirs != NUMERICS:
+            processes.say(
+                f"note    the checkpoint has numerics {theirs}, this program {NUMERICS}: quantizers draw other random "
+                "bits now, so the run goes on, but not with the numbers that it would have had"
+            )
 
     def _restore(self, state: dict) -> None:
         if len(state["rng"]) != processes.world_size():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from quantization import Quantizer, QuantLinear, Recipe, has_fp8, quantize_mx, take_lost_groups
-from quantization.formats import Element, Fp8, Rounding, Scaling, fp8_range
+from quantization.formats import Element, Fp8, fp8_range
 from quantization.matmul import multiply
 from quantization.mx import backend_for
 from quantization.reference import Operand
@@ -40,10 +40,10 @@ def weights(randn, rows, length):
 
 def operands(x_RL: torch.Tensor, fp8: Fp8) -> tuple[Operand, Operand, int]:
     """The operand of `x_RL` in FP8 and in bf16, and the groups that FP8 has lost."""
-    backend, how = backend_for(x_RL), (Element.E2M1, Scaling.TRUNCATION_FREE, Rounding.NEAREST)
+    backend, q = backend_for(x_RL), Quantizer()
     lost = torch.zeros(1, dtype=torch.int64, device=x_RL.device)
-    in_fp8 = backend.quantize(x_RL, *how, fp8=fp8, largest=backend.largest_magnitude(x_RL), lost=lost, pack=False)
-    in_bf16 = backend.quantize(x_RL, *how, values_dtype=torch.bfloat16, pack=False)
+    in_fp8 = backend.quantize(x_RL, q, fp8=fp8, largest=backend.largest_magnitude(x_RL), lost=lost, pack=False)
+    in_bf16 = backend.quantize(x_RL, q, values_dtype=torch.bfloat16, pack=False)
     return Operand(in_fp8.values_RL, in_fp8.operand_scale), Operand(in_bf16.values_RL), int(lost)
 
 
@@ -78,9 +78,7 @@ def test_every_element_in_range_is_exact_and_none_below(fp8, element, device):
     backend, lost = backend_for(x), torch.zeros(1, dtype=torch.int64, device=device)
     got = backend.quantize(
         x,
-        element,
-        Scaling.TRUNCATION_FREE,
-        Rounding.NEAREST,
+        Quantizer(element=element),
         fp8=fp8,
         largest=backend.largest_magnitude(x),
         lost=lost,

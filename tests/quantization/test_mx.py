@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from quantization import Element, Rounding, Scaling, quantize_mx
+from quantization.reference import _stochastic_code
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 E3M0 = [0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
@@ -234,7 +235,7 @@ def test_a_gradient_is_not_tracked(device):
 
 class TestStochasticRounding:
     def test_is_unbiased(self, device):
-        """100,000 draws of one value: the mean is within five standard errors, plus the 2**-17 of a 16-bit draw."""
+        """100,000 draws of one value: the mean is within five standard errors, plus the 2**-23 of a 22-bit draw."""
         draws = 100_000
         for y in (0.001, 0.01, 0.1, 0.3, 0.7, 1.25, 2.2, 2.5, 3.7, 4.5, 5.9, -0.3, -5.5):
             x = torch.full((draws, 2), y, device=device)
@@ -248,7 +249,18 @@ class TestStochasticRounding:
             width = above - below
             fraction = (abs(y) - below) / width
             error = width * math.sqrt(fraction * (1 - fraction) / draws)
-            assert abs(got.mean().item() - y) <= 5 * error + width * 2**-17, y
+            assert abs(got.mean().item() - y) <= 5 * error + width * 2**-23, y
+
+    @ELEMENTS
+    def test_is_unbiased_over_all_draws(self, element, device, positions_to_round):
+        """Of all 2**b draws, rint(2**b * position) round up, which is 2**b * position where that is a whole number."""
+        fmt = element.format
+        draws = torch.arange(2**fmt.random_bits, dtype=torch.int32, device=device)
+        cases = list(positions_to_round(fmt))
+        for y, lower_code, ups in cases if device.type == "cuda" else cases[::4]:
+            codes = _stochastic_code(torch.tensor([y], device=device), fmt, draws)
+            assert ((codes == lower_code) | (codes == lower_code + 1)).all()
+            assert int((codes - lower_code).sum()) == ups, y
 
     def test_grid_values_never_move(self, device):
         x = torch.tensor(E2M1 + [-g for g in E2M1], device=device).repeat(20_000, 1)

@@ -55,7 +55,7 @@ def test_quantize(shape, rounding, pack, fp8, randn, device, assert_same_bits):
             how["key"] = key
         if rounding is Rounding.EMA:
             how |= {"ema_RL": ema, "ema_active": active}
-        return module.quantize(x, NEAREST.element, NEAREST.scaling, rounding, pack=pack, **how)
+        return module.quantize(x, Quantizer(rounding=rounding), pack=pack, **how)
 
     arguments = (x, key, ema, active, backend.largest_magnitude(x), lost)
     assert_alike(call, arguments, backend, assert_same_bits)
@@ -65,8 +65,8 @@ def test_quantize(shape, rounding, pack, fp8, randn, device, assert_same_bits):
 def test_an_average_decides_once_it_is_in_use(active, randn, device, assert_same_bits):
     """Before its tenth update Q2 rounds to nearest; the switch is a tensor on the device."""
     x, ema = randn(33, 75), randn(33, 75)
-    how, switch = (NEAREST.element, NEAREST.scaling, Rounding.EMA), torch.tensor(active, device=device)
-    got = operators.quantize(x, *how, ema_RL=ema, ema_active=switch, values_dtype=torch.float32)
+    q, switch = Quantizer(rounding=Rounding.EMA), torch.tensor(active, device=device)
+    got = operators.quantize(x, q, ema_RL=ema, ema_active=switch, values_dtype=torch.float32)
     wanted = quantize_mx(x, rounding="ema", ema=ema) if active else quantize_mx(x)
     assert_same_bits(got.values_RL, wanted.dequantize())
     assert_same_bits(got.codes_RB, wanted.codes)
@@ -80,16 +80,16 @@ def test_quantize_both(shape, packed, which, fp8, randn, device, assert_same_bit
     x = randn(*shape).bfloat16()
     x[:1] *= 2**-40
     backend, lost = backend_for(x), torch.zeros(1, dtype=torch.int64, device=device)
-    _, codes, scales, _ = backend.quantize(x, NEAREST.element, NEAREST.scaling, NEAREST.rounding)
-    keys = torch.arange(2, device=device)
+    _, codes, scales, _ = backend.quantize(x, NEAREST)
+    key = torch.tensor([2], device=device)
 
-    def call(module, x, codes, scales, keys, largest, lost):
+    def call(module, x, codes, scales, key, largest, lost):
         source = Packed(codes, scales, shape[1], NEAREST) if packed else x
         how = {"dtype": torch.bfloat16} if fp8 is None else {"fp8": fp8, "largest": largest, "lost": lost}
         quantizers = (STOCHASTIC if wanted else None for wanted in which)
-        return module.quantize_both(source, *quantizers, keys=tuple(keys.split(1)), with_sum=not packed, **how)
+        return module.quantize_both(source, *quantizers, key=key, with_sum=not packed, **how)
 
-    arguments = (x, codes, scales, keys, backend.largest_magnitude(x), lost)
+    arguments = (x, codes, scales, key, backend.largest_magnitude(x), lost)
     assert_alike(call, arguments, backend, assert_same_bits)
 
 
@@ -97,7 +97,7 @@ def test_what_is_packed_is_read_in_its_own_element(randn, device, assert_same_bi
     made_by = Quantizer(element="e3m0")
     x = randn(33, 75)
     backend = backend_for(x)
-    _, codes, scales, _ = backend.quantize(x, made_by.element, made_by.scaling, made_by.rounding)
+    _, codes, scales, _ = backend.quantize(x, made_by)
     source = Packed(codes, scales, 75, made_by)
     rows, columns, _ = operators.quantize_both(source, NEAREST, NEAREST, dtype=torch.float32)
     values = quantize_mx(x, element="e3m0").dequantize()
@@ -125,7 +125,7 @@ def test_the_largest_magnitude_of_what_is_yet_to_be_rounded(device):
 def test_dequantize(randn, assert_same_bits):
     x = randn(33, 75)
     backend = backend_for(x)
-    _, codes, scales, _ = backend.quantize(x, NEAREST.element, NEAREST.scaling, NEAREST.rounding)
+    _, codes, scales, _ = backend.quantize(x, NEAREST)
 
     def call(module, codes, scales):
         return module.dequantize(codes, scales, 75, NEAREST.element, torch.float32)

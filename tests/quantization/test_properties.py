@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantization import Element, MXTensor, Rounding, Scaling, quantize_mx
+from quantization import Element, MXTensor, Quantizer, Rounding, Scaling, quantize_mx
 from quantization.operators import HAS_TRITON
 
 GROUP = 32
@@ -211,8 +211,9 @@ def test_kernels_return_the_bits_of_the_reference(x, element, scaling, rounding)
     x_RL = x.reshape(-1, x.shape[-1]) if x.ndim and x.shape[-1] else x.reshape(1, -1)
     key = torch.tensor([3])
     ema = x_RL.float().flip(1).contiguous() if rounding is Rounding.EMA else None
+    quantizer = Quantizer(element=element, scaling=scaling, rounding=rounding)
     options = {"key": key, "ema_RL": ema, "values_dtype": torch.float32}
-    got, wanted = (b.quantize(x_RL, element, scaling, rounding, **options) for b in (kernels, reference))
+    got, wanted = (b.quantize(x_RL, quantizer, **options) for b in (kernels, reference))
     assert torch.equal(got.codes_RB, wanted.codes_RB) and torch.equal(got.scales_RG, wanted.scales_RG)
     assert torch.equal(got.values_RL.isnan(), wanted.values_RL.isnan())
     bits = [v.values_RL.nan_to_num().contiguous().view(torch.int32) for v in (got, wanted)]

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from quantization.reference import NUMERICS
 from reproduction.claims import CLAIMS
 from reproduction.protocols import PROTOCOLS
 from reproduction.report import claims, gaps, spread, write_reports
-from reproduction.runs import OSCILLATION, RECORD, Run, columns, existing, read_log, run_of, write_record
+from reproduction.runs import OSCILLATION, RECORD, Run, columns, existing, read_log, remaining, run_of, write_record
 from reproduction.targets import TARGETS
 from runtime.errors import UserError
 from tracking import oscillation_csv
@@ -230,3 +231,19 @@ def test_a_damaged_record_is_named(tmp_path):
         (directory / RECORD).write_text(text)
         with pytest.raises(UserError, match=rf"{directory.name} must hold a run of this program.* move the directory"):
             existing(tmp_path)
+
+
+def test_runs_of_other_numerics_are_not_pooled(tmp_path):
+    runs = [run_for("table2", "TetraJet", seed) for seed in range(2)]
+    records = [finish(tmp_path, run, 50.0) / RECORD for run in runs]
+    older = [json.loads(record.read_text()) for record in records]
+    assert [record.pop("numerics") for record in older] == [NUMERICS] * 2  # committed runs are older than the key
+    records[0].write_text(json.dumps(older[0]))
+    with pytest.raises(UserError, match=r"must have the same numerics, \S+ has 1 and \S+ has 2; move"):
+        existing(tmp_path)
+    records[1].write_text(json.dumps(older[1]))
+    assert existing(tmp_path).numerics == 1 and remaining(runs, tmp_path) == []
+    with pytest.raises(
+        UserError, match=r"holds runs of numerics 1 and this program makes runs of 2; give another --out"
+    ):
+        remaining([*runs, run_for("table2", "TetraJet", 2)], tmp_path)

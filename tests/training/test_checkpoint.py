@@ -15,6 +15,7 @@ from torch import nn
 
 from engine import EpochSums
 from quantization import Dampen, Freeze, Int4Recipe, OsciReset, QEma, RampingAdamW, Recipe, quant_linears, swap_linears
+from quantization.reference import NUMERICS
 from runtime.errors import UserError
 from runtime.rng import rng_state, set_rng_state
 from training import checkpoint
@@ -125,4 +126,24 @@ def test_the_parts_that_no_checkpoint_may_lack_are_those_that_are_written():
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     run = checkpoint.RunState({}, model, optimizer, CosineLRScheduler(optimizer, 2), None, sums=EpochSums())
-    assert run._state().keys() == {*checkpoint.PARTS, "format", "version", "model_ema", "options"}
+    assert run._state().keys() == {*checkpoint.PARTS, "format", "version", "numerics", "model_ema", "options"}
+
+
+@pytest.mark.parametrize("numerics", [None, 1, NUMERICS])
+def test_a_checkpoint_of_other_numerics_goes_on_with_one_line(numerics, tmp_path, capsys):
+    parts = Parts("none", False, 0)
+    parts.run.save(tmp_path)
+    state = checkpoint.load(tmp_path / checkpoint.LAST, IDENTITY)
+    assert state["numerics"] == NUMERICS
+    if numerics is None:
+        del state["numerics"]  # as in checkpoints from before it was recorded
+    else:
+        state["numerics"] = numerics
+    parts.run.restore(state)
+    printed = capsys.readouterr().out
+    if numerics == NUMERICS:
+        assert printed == ""
+    else:
+        assert (
+            printed.startswith("note    the checkpoint has numerics 1, this program 2: ") and printed.count("\n") == 1
+        )
