@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,7 +95,9 @@ def _matching(model: nn.Module, names: Sequence[str] | str | None) -> list[str]:
         found = [name for name in present if _is_usual(name, families[_nearest_above(name, families)])]
         if not found:
             endings = ", ".join(families[""].linears)
-            raise ValueError(f"{type(model).__name__} has no linear layer named {endings}; pass other names")
+            raise ValueError(
+                f"{type(model).__name__} has no linear layer named {endings}; pass other names{_such_as(present)}"
+            )
         return found
     endings = (names,) if isinstance(names, str) else tuple(names)
     if not all(endings) or not endings:
@@ -105,6 +108,12 @@ def _matching(model: nn.Module, names: Sequence[str] | str | None) -> list[str]:
             hint = f"; did you mean {', '.join(near)}?" if near else "; pass other names"
             raise ValueError(f"{type(model).__name__} has no linear layer named {ending}{hint}")
     return _ending_in(present, endings)
+
+
+def _such_as(present: list[str]) -> str:
+    """The first names that may be passed: what follows the number of a block, or the whole name."""
+    endings = dict.fromkeys(re.sub(r"^(.*\.)?\d+\.", "", name) for name in present)
+    return f", such as {', '.join(list(endings)[:6])}" if endings else ""
 
 
 def _is_usual(name: str, family: Family) -> bool:

@@ -103,6 +103,16 @@ def test_a_layer_that_does_more_is_refused_and_the_model_stays_as_it_was(make, r
     assert type(swap_linears(model, Recipe(), "mlp.fc1").mlp["fc1"]) is QuantLinear
 
 
+def test_a_model_without_known_names_is_refused_with_its_own():
+    """Two blocks with the attention of PyTorch: names of the projections that a swap would make, without numbers."""
+    block = nn.ModuleDict({"attn": nn.MultiheadAttention(32, 2), "fc": nn.Linear(32, 32)})
+    model = nn.Sequential(block, copy.deepcopy(block))
+    with pytest.raises(ValueError, match="pass other names, such as attn.in_proj, attn.out_proj, fc$"):
+        swap_linears(model, Recipe())
+    swapped = swap_linears(model, Recipe(), ("attn.in_proj", "attn.out_proj", "fc"))
+    assert len([module for module in swapped.modules() if isinstance(module, QuantLinear)]) == 6
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
