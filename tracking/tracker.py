@@ -10,12 +10,15 @@ training keeps its bits. Outside the windows it only counts steps.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from quantization import (
     BLOCK_LINEARS,
+    Element,
     OscillationWindow,
     TensorPath,
     confidence,
@@ -147,14 +150,11 @@ class OscillationTracker:
         oscillating = {name: oscillates(ratio).sum().double() / ratio.numel() for name, ratio in ratios.items()}
         yield from _with_mean(Measure.OSCILLATING, oscillating, sizes)
 
-        quantizer = next(iter(window.quantized_layers.values())).recipe.q2
-        fmt = quantizer.element.format
-        reach = 2.0 ** (fmt.max_exponent + 1)  # of w/S by floor scaling
-        latent_width = fmt.magnitudes[1] / LATENT_BINS_PER_STEP
+        reach, latent_width = _latent_bins(layer.recipe.q2.element for layer in window.quantized_layers.values())
         confidence_counts, latent_counts, means = 0, 0, {}
         for name, layer in window.quantized_layers.items():
-            latent = latent_weight(layer.weight, quantizer)
-            sure = confidence(latent, quantizer.element)
+            latent = latent_weight(layer.weight, layer.recipe.q2)
+            sure = confidence(latent, layer.recipe.q2.element)
             means[name] = sure.mean()
             latent_counts += histogram(latent, -reach, latent_width, round(2 * reach / latent_width))
             confidence_counts += histogram(sure, 0, 1 / CONFIDENCE_BINS, CONFIDENCE_BINS)
@@ -172,6 +172,13 @@ class OscillationTracker:
             for x, (latent, quantized) in enumerate(zip(weight.latent, weight.quantized)):
                 yield Measure.TRAJECTORY_LATENT, where, x, latent
                 yield Measure.TRAJECTORY_QUANTIZED, where, x, quantized
+
+
+def _latent_bins(elements: Iterable[Element]) -> tuple[float, float]:
+    """Bins that fit w/S of every layer: the largest |w/S| that floor scaling leaves, and the width of a bin."""
+    formats = [element.format for element in elements]
+    reach = max(2.0 ** (fmt.max_exponent + 1) for fmt in formats)
+    return reach, min(fmt.magnitudes[1] for fmt in formats) / LATENT_BINS_PER_STEP
 
 
 def _with_mean(measure: Measure, by_layer: dict[str, Tensor], sizes: dict[str, int] | None = None):

@@ -132,14 +132,40 @@ def test_means_over_the_layers_and_over_the_weights(device):
 
 
 GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # E2M1's magnitudes; rounding decides in the middle between two
-MIDDLES = (GRID[1:] + GRID[:-1]) / 2
 
 
-def sureness(latent: np.ndarray) -> np.ndarray:
+def sureness(latent: np.ndarray, grid: np.ndarray = GRID) -> np.ndarray:
     """Distance to the nearest middle, over the largest that there is among the numbers rounded alike."""
-    distances = np.abs(np.abs(latent)[..., None] - MIDDLES)
-    largest = [0.25, *((high - low) / 2 for low, high in zip(MIDDLES, MIDDLES[1:])), 1]
-    return distances.min(axis=-1) / np.array(largest)[np.searchsorted(MIDDLES, np.abs(latent))]
+    middles = (grid[1:] + grid[:-1]) / 2
+    distances = np.abs(np.abs(latent)[..., None] - middles)
+    largest = [middles[0], *((high - low) / 2 for low, high in zip(middles, middles[1:])), grid[-1] - middles[-1]]
+    return distances.min(axis=-1) / np.array(largest)[np.searchsorted(middles, np.abs(latent))]
+
+
+def test_each_layer_is_measured_by_its_own_q2(device):
+    """fc2 in E3M0, with scales from its largest weights, beside other layers in E2M1."""
+    model, dataset = make(device, depth=1, images=3)
+    powers = np.array([0, 0.25, 0.5, 1, 2, 4, 8, 16])
+    fc2 = model.blocks[0].mlp.fc2
+    fc2.recipe = Recipe().with_quantizers(("q2",), element="e3m0")
+    test = OscillationTracker(model, dataset, device)
+    test.before_epoch(1)
+    move(model)
+    test.after_step()
+    rows = test.after_epoch(0, 1)
+    found = {row.where: row.value for row in rows if row.measure is Measure.CONFIDENCE}
+    latents = []
+    for name, layer in test.layers.items():
+        grid = powers if layer is fc2 else GRID
+        weight = layer.weight.detach().double().cpu().numpy()
+        groups = weight.reshape(len(weight), -1, 32)  # widths of 32 and 128
+        scales = 2 ** np.ceil(np.log2(np.abs(groups).max(axis=-1, keepdims=True) / grid[-1]))
+        latents.append((groups / scales).ravel())
+        assert found[name] == pytest.approx(sureness(latents[-1], grid).mean(), rel=1e-5), name
+    latent = [(row.x, row.value) for row in rows if row.measure is Measure.LATENT_HISTOGRAM]
+    counts, edges = np.histogram(np.concatenate(latents), bins=1024, range=(-32, 32))
+    assert [x for x, _ in latent] == edges[:-1].tolist()
+    assert [share for _, share in latent] == pytest.approx(counts / counts.sum(), abs=1e-3)
 
 
 def test_what_is_measured_of_quantized_weights(device):
