@@ -31,7 +31,7 @@ VERSION = 2
 LAST, BEST = LAST_CHECKPOINT, BEST_CHECKPOINT
 EARLIER = re.compile(r"earlier_checkpoint_([1-9]\d*)\.pth")  # 1 is the one before the last
 PARTS = ("identity", "model", "optimizer", "scheduler", "epoch", "best_acc1", "rng", "sums", "more", "within")
-"""What `RunState._state` writes, `RunState._restore` reads, and no checkpoint may lack."""
+"""The keys without which a file is refused. `RunState._state` also writes format, version, options and model_ema."""
 
 
 class Damaged(UserError):
@@ -54,7 +54,7 @@ class RunState:
     """Epochs done."""
     best_acc1: float = 0.0
     more: dict[str, object] = field(default_factory=dict)
-    """Further objects with a `state_dict`, by name."""
+    """Further objects with a `state_dict`, by name. What an older checkpoint lacks of them stays as it was."""
     within: dict[str, object] = field(default_factory=dict)
     """Objects of the main process whose `state_dict` matters only within an epoch."""
     keep: int = 2
@@ -137,8 +137,10 @@ class RunState:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.model_ema is not None:
             sharding.load_model(self.model_ema, state["model_ema"])
+        stored = state["more"] | {"remedies": _remedies_of(state)}
         for name, part in self.more.items():
-            part.load_state_dict(_remedies_of(state) if name == "remedies" else state["more"][name])
+            if name in stored:  # an older checkpoint lacks parts that were added since
+                part.load_state_dict(stored[name])
         for name, part in self.within.items():
             if name in state["within"]:
                 part.load_state_dict(state["within"][name])
@@ -157,7 +159,7 @@ def _damage_is_told() -> Iterator[None]:
 
 
 def restore_remedies(remedies: Remedies, state: dict) -> None:
-    """Give remedies the state that they have in a checkpoint. Raises UserError for a damaged one."""
+    """Load the state that a checkpoint has of the remedies into them. Raises UserError for a damaged checkpoint."""
     with _damage_is_told():
         remedies.load_state_dict(_remedies_of(state))
 

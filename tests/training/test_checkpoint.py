@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -119,6 +120,45 @@ def test_a_checkpoint_that_does_not_know_of_an_option_is_refused(tmp_path):
     wanted = "needs a checkpoint of the same --later: this run has 0.5, .* has None"
     with pytest.raises(UserError, match=wanted):
         checkpoint.load(tmp_path / checkpoint.LAST, IDENTITY | {"--later": 0.5})
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_dict(self) -> dict:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count = state["count"]
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(("counter",), 7), ((), 3)])
+def test_a_part_that_an_older_checkpoint_lacks_stays_as_it_was(stored, wanted, tmp_path):
+    """`more` without and with a part that the present program adds."""
+    parts, counter = Parts("plain", False, 0), Counter()
+    counter.count = 7
+    parts.run.more |= {name: counter for name in stored}
+    parts.run.save(tmp_path)
+    counter.count = 3
+    parts.run.more["counter"] = counter
+    parts.run.restore(checkpoint.load(tmp_path / checkpoint.LAST, IDENTITY))
+    assert counter.count == wanted
+
+
+def test_sums_of_an_epoch_take_new_fields_from_the_defaults_and_tensors_to_the_cpu(device):
+    """What `EpochSums` promises to those who add a field to it."""
+
+    @dataclass
+    class More(EpochSums):
+        norms: float | torch.Tensor = 0.5
+
+    old = EpochSums(steps=3, totals=torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)).state_dict()
+    sums = More()
+    sums.load_state_dict(old)
+    assert (sums.steps, sums.norms, sums.totals.tolist()) == (3, 0.5, [1.0, 2.0, 3.0])
+    sums.norms = torch.tensor(2.0, device=device)
+    assert sums.state_dict()["norms"].device.type == "cpu" and sums.state_dict()["norms"] == 2
 
 
 def test_the_parts_that_no_checkpoint_may_lack_are_those_that_are_written():
