@@ -23,7 +23,7 @@ from quantization.shards import local
 from runtime import processes
 from runtime.cuda_graph import CudaGraph
 from runtime.errors import NonFiniteSteps
-from runtime.nonfinite import MOST_IN_A_ROW, Skips, Step, report, running_statistics
+from runtime.nonfinite import MOST_IN_A_ROW, Skips, StepRecord, report, running_statistics
 from runtime.sharding import is_sharded_model
 
 CHECK_EVERY = 10  # steps between two looks at the loss; on a GPU each look waits for the device
@@ -111,7 +111,7 @@ class TrainStep:
             share = self.clip_grad / (torch.linalg.vector_norm(norms) + 1e-6)
             torch._foreach_mul_(gradients, share.clamp(max=1.0))
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        self.skip = self.skips.decide(Step(batch[0], loss, norms, f"{self.place}, learning rate {lr:.3g}"))
+        self.skip = self.skips.decide(StepRecord(batch[0], loss, norms, f"{self.place}, learning rate {lr:.3g}"))
         for tensor, old in zip(self._statistics, statistics):
             tensor.copy_(torch.where(self.skip > 0, old, tensor))
         self._update()
@@ -193,7 +193,9 @@ class EpochSums:
     """Numbers for the log that are known before the first step."""
 
     def state_dict(self) -> dict:
-        return vars(self) | {"totals": self.totals.cpu(), "lost_groups": int(self.lost_groups)}
+        """All fields, tensors on the CPU. A field that an older state lacks has its default after `load_state_dict`."""
+        state = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        return state | {"lost_groups": int(self.lost_groups)}
 
     def load_state_dict(self, state: dict) -> None:
         self.__init__(**state)
@@ -231,7 +233,7 @@ def train_one_epoch(
             sums.totals += torch.where(step.skip > 0, 0, numbers)
             after_step()
             if (index + 1) % CHECK_EVERY == 0 or index + 1 == len(loader):
-                loss_mean, share = (sums.totals[1:] / sums.totals[0]).tolist()
+                loss_mean, share = (sums.totals[1:3] / sums.totals[0]).tolist()
                 seen = sums.images
                 speed = seen * processes.world_size() / (time.perf_counter() - start)
                 shown = f"loss {loss_mean:.4f}, acc {100 * share:.1f} %, {speed:.0f} img/s, lr {lr:.1e}"
@@ -239,7 +241,7 @@ def train_one_epoch(
         step.settle()
     seconds = time.perf_counter() - start
     seen = sums.images * processes.world_size()  # samplers give every process the same number
-    counted, loss_sum, correct_sum = processes.all_reduce_sum(sums.totals.clone())
+    counted, loss_sum, correct_sum, *_ = processes.all_reduce_sum(sums.totals.clone())
     return {
         "train_loss": float(loss_sum / counted),
         "train_acc1": float(100 * correct_sum / counted),
@@ -254,7 +256,8 @@ def _sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _percent_in_top(k: int, logits: Tensor, labels: Tensor) -> Tensor:
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, :k]  # of five for any k, so that ties fall alike
+    # The best five are sought for every k, so that classes with equal logits have the same order for each of them.
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, :k]
     return 100 * (best == labels[:, None]).sum()
 
 

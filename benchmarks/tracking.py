@@ -19,7 +19,7 @@ from train_step import MODELS, Variant, training_step
 
 from quantization import Recipe, create_model
 from runtime.environment import environment
-from tracking.tracker import NUM_IMAGES, WINDOW, OscillationTracker
+from tracking.tracker import NUM_IMAGES, TRACKED_STEPS, OscillationTracker
 
 FAR = 10**9  # steps to the end of the epoch: no window opens
 WITHOUT, OUTSIDE, WITHIN = "without", "outside a window", "within a window"
@@ -93,9 +93,9 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(
             where | numbers | {"ms_20": round(low, 3), "ms_80": round(high, 3), "ratio": round(median / plain, 4)}
         )
-    window = WINDOW * (statistics.median(times[WITHIN]) - plain)
+    window = TRACKED_STEPS * (statistics.median(times[WITHIN]) - plain)
     window += sum(statistics.median(times[kind]) for kind in (OPENING, CLOSING))
-    print(f"\nA window of {WINDOW} steps costs {window:.0f} ms an epoch, as long as {window / plain:.1f} steps.")
+    print(f"\nA window of {TRACKED_STEPS} steps costs {window:.0f} ms an epoch, as long as {window / plain:.1f} steps.")
     if args.csv:
         append_rows(args.csv, rows)
     return 0

@@ -1,4 +1,7 @@
-"""Data sets of small images, which are held in memory. `Digits` is the example to follow for another one."""
+"""Data sets of small images, which are held in memory.
+
+To add one, follow `Digits` if its arrays come from Python, and `Cifar` if torchvision reads its files.
+"""
 
 from __future__ import annotations
 

@@ -55,6 +55,7 @@ from .swap import (
     restore_linears,
     set_matmul,
     swap_linears,
+    uses_fp8,
 )
 from .weight_cache import weights_quantized_once
 
@@ -113,5 +114,6 @@ __all__ = [
     "swap_linears",
     "take_lost_groups",
     "update_periods",
+    "uses_fp8",
     "weights_quantized_once",
 ]

@@ -37,7 +37,14 @@ def number(kind: type, low: float, high: float | None = None, open_high: bool = 
 
 
 whole, real = partial(number, int), partial(number, float)
-share, decay = real(0, 1), real(0, 1, open_high=True)
+share, below_one = real(0, 1), real(0, 1, open_high=True)
+
+
+def _told(text: str | Callable[[], str], default: object) -> str | Callable[[], str]:
+    """The help with the default's value in place of {default}, so that it is written once."""
+    if not isinstance(text, str):
+        return text
+    return text.replace("{default}", f"{default:g}" if isinstance(default, float) else str(default))
 
 
 def option(
@@ -48,12 +55,14 @@ def option(
     needs: str | None = None,
     **argparse_options,
 ) -> Field:
-    """A field whose value `kind` parses; it refuses what is out of range.
+    """A field whose value `kind` parses; it refuses what is out of range. {default} in `text` is the default.
 
     If the option `needs` another one that is off, giving it is an error. If it is not given then, its value is None if
     its type allows None, else its default.
     """
-    return field(default=default, metadata={"help": text, "type": kind, "needs": needs, **argparse_options})
+    return field(
+        default=default, metadata={"help": _told(text, default), "type": kind, "needs": needs, **argparse_options}
+    )
 
 
 def choice(
@@ -64,7 +73,7 @@ def choice(
     needs: str | None = None,
 ) -> Field:
     """An option with one of the `choices`. Text and choices that a registry decides are functions."""
-    return field(default=default, metadata={"help": text, "choices": choices, "needs": needs})
+    return field(default=default, metadata={"help": _told(text, default), "choices": choices, "needs": needs})
 
 
 def switch(text: str | Callable[[], str], default: bool | None = False) -> Field:

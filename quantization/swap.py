@@ -26,6 +26,7 @@ __all__ = [
     "restore_linears",
     "set_matmul",
     "swap_linears",
+    "uses_fp8",
 ]
 
 
@@ -207,6 +208,11 @@ def set_matmul(model: nn.Module, matmul: Matmul | str) -> None:
     """Choose the arithmetic of every MX linear of `model`."""
     for layer in quant_linears(model).values():
         layer.matmul = matmul
+
+
+def uses_fp8(model: nn.Module) -> bool:
+    """Tell if an MX linear of `model` multiplies in FP8 on the device where it is now."""
+    return any(layer._uses_fp8 for layer in quant_linears(model).values())
 
 
 def copy_precision(model: nn.Module, copy: nn.Module) -> None:

@@ -21,7 +21,7 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Setup:
+class ModelSettings:
     """The settings with which a protocol trains one of the paper's models."""
 
     model: str
@@ -41,7 +41,7 @@ class Protocol:
     epochs: int
     seeds: int
     """Number of seeds by default."""
-    setups: dict[str, Setup] = field(hash=False)
+    setups: dict[str, ModelSettings] = field(hash=False)
     """The setups, by the paper's name of the model. Models with one setup share one column of a report."""
     options: str = ""
     torchrun: bool = False
@@ -49,9 +49,9 @@ class Protocol:
     needs_gpu: bool = True
 
 
-# 1,437 images are 5 steps of 287. At 4 px an image is one patch, so that 2 epochs take seconds on a CPU. An epoch of
-# its own for Q-Ramping, whose first detection comes after the first one.
-_SMOKE = Setup(
+# 1,437 images are 5 steps of 287. At 4 px an image is one patch, so that 2 epochs take seconds on a CPU. The second
+# epoch is for Q-Ramping, whose first detection comes after the first epoch.
+_SMOKE = ModelSettings(
     "deit_micro_patch4_32",
     global_batch=287,
     lr=3.5e-3,
@@ -62,7 +62,7 @@ _SMOKE = Setup(
 # 0.1 of their mean (six seeds on an H100: 1.3 points, 0.3 and 0.5). With Mixup and CutMix it was 1.7 points and 0.3;
 # at twice the learning rate, too, 0.8 and 0.1; with a model half as wide 1.5 and 0.5. 2,808 steps are many of Q-EMA's
 # horizons (500).
-_SMALL = Setup("deit_nano_patch4_32", global_batch=256, lr=4e-3, options="--smoothing 0.1 --cuda-graph")
+_SMALL = ModelSettings("deit_nano_patch4_32", global_batch=256, lr=4e-3, options="--smoothing 0.1 --cuda-graph")
 PROTOCOLS: dict[str, Protocol] = {
     "smoke": Protocol(
         "scikit-learn's digits at 4 px, 2 epochs of 5 steps: shows that every row runs and nothing about accuracy",
@@ -86,11 +86,11 @@ PROTOCOLS: dict[str, Protocol] = {
         epochs=90,
         seeds=1,
         setups={
-            "DeiT-T": Setup("deit_tiny_patch16_224", 1024, 5e-4, "--cuda-graph", Tuning(0.9983)),
-            "DeiT-S": Setup("deit_small_patch16_224", 1024, 5e-4, "--cuda-graph", Tuning(0.9972)),
-            "DeiT-B": Setup("deit_base_patch16_224", 512, 2.5e-4, "--cuda-graph", Tuning(0.999)),
-            "Swin-T": Setup("swin_tiny_patch4_window7_224", 1024, 5e-4, tuning=Tuning(0.9975, q_ramping_k2=3)),
-            "Swin-S": Setup("swin_small_patch4_window7_224", 1024, 5e-4, tuning=Tuning(0.998, q_ramping_k2=4)),
+            "DeiT-T": ModelSettings("deit_tiny_patch16_224", 1024, 5e-4, "--cuda-graph", Tuning(0.9983)),
+            "DeiT-S": ModelSettings("deit_small_patch16_224", 1024, 5e-4, "--cuda-graph", Tuning(0.9972)),
+            "DeiT-B": ModelSettings("deit_base_patch16_224", 512, 2.5e-4, "--cuda-graph", Tuning(0.999)),
+            "Swin-T": ModelSettings("swin_tiny_patch4_window7_224", 1024, 5e-4, tuning=Tuning(0.9975, q_ramping_k2=3)),
+            "Swin-S": ModelSettings("swin_small_patch4_window7_224", 1024, 5e-4, tuning=Tuning(0.998, q_ramping_k2=4)),
         },
         torchrun=True,
     ),

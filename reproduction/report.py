@@ -8,7 +8,7 @@ from pathlib import Path
 
 from reproduction.claims import CLAIMS, LEAST_GAP, RULE, gap, standard_error
 from reproduction.metrics import read_metric
-from reproduction.protocols import Protocol, Setup
+from reproduction.protocols import ModelSettings, Protocol
 from reproduction.runs import Existing, Run, columns, existing, oscillation_file, read_record, run_of, shell
 from reproduction.targets import TARGETS, Metric, Target
 
@@ -32,7 +32,7 @@ def write_reports(names: list[str], protocol_name: str, protocol: Protocol, out:
 
 
 def numbers(
-    target: Target, label: str, metric: Metric, setup: Setup, protocol: Protocol, found: Existing
+    target: Target, label: str, metric: Metric, setup: ModelSettings, protocol: Protocol, found: Existing
 ) -> dict[int, float]:
     """A row's numbers by seed."""
     row = next(row for row in target.rows if row.label == label)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets import DATA_SETS
 from quantization.reference import NUMERICS
-from reproduction.protocols import Protocol, Setup
+from reproduction.protocols import ModelSettings, Protocol
 from reproduction.targets import Row, Target
 from runtime.errors import UserError
 from runtime.files import replacing
@@ -28,7 +28,7 @@ class Run:
     """One call of main.py."""
 
     protocol: Protocol
-    setup: Setup
+    setup: ModelSettings
     options: tuple[str, ...]
     """The row's own options."""
     seed: int
@@ -114,19 +114,19 @@ def read_log(directory: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def columns(target: Target, protocol: Protocol) -> dict[str, Setup]:
+def columns(target: Target, protocol: Protocol) -> dict[str, ModelSettings]:
     """The paper's models that the target shows under this protocol: models with the same setup stand for one another.
 
     The first one gives the paper's numbers. A figure shows its first model alone.
     """
-    shown: dict[str, Setup] = {}
+    shown: dict[str, ModelSettings] = {}
     for model in target.models:
         if model in protocol.setups and protocol.setups[model] not in shown.values():
             shown[model] = protocol.setups[model]
     return shown
 
 
-def run_of(target: Target, row: Row, setup: Setup, protocol: Protocol, seed: int = 0) -> Run:
+def run_of(target: Target, row: Row, setup: ModelSettings, protocol: Protocol, seed: int = 0) -> Run:
     options = row.options.format(**vars(setup.tuning))
     return Run(protocol, setup, tuple(options.split()), seed, target.tracked)
 

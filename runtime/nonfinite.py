@@ -14,11 +14,14 @@ from runtime.errors import NonFiniteSteps
 from runtime.rng import rng_state, set_rng_state
 
 MOST_IN_A_ROW = 10
-"""Skipped steps in a row after which a run stops. At the end of a run, one whole epoch of them is enough."""
+"""Number of skipped steps in a row after which a run stops.
+
+A run also stops at its end if every step of its last epoch was skipped, even if that epoch has fewer steps.
+"""
 
 
 @dataclass
-class Step:
+class StepRecord:
     """One training step, kept for the report in case the run stops after it."""
 
     images: Tensor
@@ -43,9 +46,9 @@ class Skips:
         self.count = 0
         """Skipped steps since the count was last reset to 0 by its reader."""
         self.in_a_row = 0
-        self._unknown: tuple[Step, Flag] | None = None
+        self._unknown: tuple[StepRecord, Flag] | None = None
 
-    def decide(self, step: Step) -> Tensor:
+    def decide(self, step: StepRecord) -> Tensor:
         """1.0 if the step must be skipped, else 0.0: fp32, a scalar, the same on all processes.
 
         A norm of all gradients beyond fp32 counts as non-finite, because Adam's second moment would overflow as well.
@@ -55,7 +58,7 @@ class Skips:
         self._unknown = step, Flag(skip)
         return skip
 
-    def settle(self, most: int = MOST_IN_A_ROW) -> Step | None:
+    def settle(self, most: int = MOST_IN_A_ROW) -> StepRecord | None:
         """Count the newest step once. Returns it if at least `most` steps in a row were skipped, this one included."""
         if self._unknown is None:
             return None
@@ -75,7 +78,7 @@ class Skips:
         self.in_a_row = state["in_a_row"]
 
 
-def report(model: nn.Module, step: Step, device: torch.device) -> NonFiniteSteps:
+def report(model: nn.Module, step: StepRecord, device: torch.device) -> NonFiniteSteps:
     """The message about the last skipped step, with the earliest cause found on any process.
 
     A layer's output is the earliest cause, then the loss, then a gradient. Every process must call this function.

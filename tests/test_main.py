@@ -352,14 +352,14 @@ class TestTraining:
 @pytest.fixture
 def short_windows(monkeypatch):
     """Epochs of `TRACKED` have 2 steps: a window that opens within the epoch, as it does in a real one."""
-    monkeypatch.setattr(tracker, "WINDOW", 1)
+    monkeypatch.setattr(tracker, "TRACKED_STEPS", 1)
 
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory, digits_cut_to) -> Path:
     directory = tmp_path_factory.mktemp("tracked")
     with digits_cut_to(IMAGES, HELD_OUT), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracker, "WINDOW", 1)
+        patch.setattr(tracker, "TRACKED_STEPS", 1)
         assert main([*TRACKED, "--track-oscillation", "--output-dir", str(directory)]) == 0
     return directory
 

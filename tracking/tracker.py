@@ -29,7 +29,7 @@ from quantization import (
 from runtime.errors import UserError
 from tracking.oscillation_csv import ALL, Measure, Row
 
-WINDOW = 30  # T0 of the paper
+TRACKED_STEPS = 30  # T0 of the paper
 NUM_IMAGES = 64
 NUM_TRAJECTORIES = 4
 BLOCK_DEPTH = 0.75  # the output of this block is measured: the 9th of 12, as in the paper's Table 3
@@ -72,7 +72,7 @@ class OscillationTracker:
         """Call at the start of an epoch that has `steps` left. A window that `load_state_dict` restored goes on."""
         if self._until_window is not None:
             return
-        self._until_window = max(0, steps - WINDOW)
+        self._until_window = max(0, steps - TRACKED_STEPS)
         if self._until_window == 0:
             self._open()
 

@@ -19,7 +19,7 @@ import torch
 
 from datasets import DATA_SETS, RAND_AUGMENT, SMALL_DATA, BadImages, DataSet, Preprocessing
 from quantization import QUANTIZERS, RECIPES, REMEDIES, Element, Matmul, Rounding, Scaling
-from quantization.option_fields import choice, decay, option, real, share, switch, whole
+from quantization.option_fields import below_one, choice, option, real, share, switch, whole
 from runtime.errors import UserError
 from tracking.oscillation_csv import FILE_NAME
 from training import checkpoint
@@ -31,7 +31,7 @@ EXIT_CODES = """exit codes: 0 done, 1 diverged, 2 something in the command must 
 # Defaults of models that differ from DeiT's, by the beginning of the model's name. If several match, the last one wins.
 # Swin: Liu et al. 2021, appendix A2.1, and the official config.py, whose learning rates 5e-4, 5e-6 and 5e-7 all scale
 # with the batch over 512: at the paper's 1,024 images they are 1e-3, 1e-5 and 1e-6, which are DeiT's.
-MODEL_RECIPES = {
+MODEL_DEFAULTS = {
     "swin_": {
         "warmup_epochs": 20,
         "warmup_prefix": True,
@@ -54,9 +54,9 @@ def quantizer_names(text: str) -> tuple[str, ...]:
     return tuple(name for name in QUANTIZERS if name in names)
 
 
-def by_recipe(default: object, text: str, kind: Callable[[str], object] | None, **argparse_options) -> Field:
+def with_own_default(default: object, text: str, kind: Callable[[str], object] | None, **argparse_options) -> Field:
     """An option whose default depends on the data set and on the model; `default` is that of DeiT on ImageNet."""
-    return field(default=default, metadata={"help": text, "type": kind, "by_recipe": True, **argparse_options})
+    return field(default=default, metadata={"help": text, "type": kind, "own_default": True, **argparse_options})
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class LowPrecisionOptions:
     """The recipe of the block linears, how they are multiplied, and what is measured of their weights."""
 
     title = "low precision"
-    # A checkpoint's identity has all but the last two as its recipe.
+    # A checkpoint's identity records all but the last two as the run's recipe. The last two may change within a run.
     free_on_resume = (
         *("quant", "quantizers", "backward_rounding", "backward_operands", "scaling"),
         *("forward_element", "backward_element", "matmul", "track_oscillation"),
     )
 
-    quant: str = choice("none", "recipe of the block linears (default: none)", list(RECIPES))
+    quant: str = choice("none", "recipe of the block linears (default: {default})", list(RECIPES))
     quantizers: tuple[str, ...] | None = option(
         None, "quantizers of the recipe that stay on (default: all)", quantizer_names, metavar="q1,q3,..."
     )
@@ -115,17 +115,17 @@ class ModelOptions:
     title = "model"
     free_on_resume = ("model", "finetune", "pretrained", "weights")  # the identity has the model under its own key
 
-    model: str = by_recipe(
+    model: str = with_own_default(
         "deit_small_patch16_224", "any Vision Transformer of timm; any timm model with --quant none", str
     )
-    drop_path: float = by_recipe(0.1, "rate of stochastic depth", decay)
+    drop_path: float = with_own_default(0.1, "rate of stochastic depth", below_one)
     finetune: Path | None = option(
         None, "start from these weights: ours, DeiT's, timm's, Swin's, Lightning's", Path, metavar="PATH"
     )
     pretrained: bool = switch("start from timm's weights of the model, which are fetched")
     weights: str = choice(
         Weights.MODEL.value,
-        "what --eval and --finetune take from a file: the model, or the moving average of its weights (default: model)",
+        "what --eval and --finetune take from a file: the model, or its weights' moving average (default: {default})",
         [w.value for w in Weights],
     )
 
@@ -136,7 +136,7 @@ class DataOptions:
 
     title = "data"
     # The identity has the number of classes, the input size, mean and std as used, and a fingerprint of the files.
-    # `bad_images` may change because a first part that did not stop is the same either way.
+    # `bad_images` may change: a run that has not stopped yet met no bad image, so it trained alike with both values.
     free_on_resume = ("data_path", "download", "bad_images", "num_classes", "input_size", "mean", "std", "num_workers")
 
     data_set: str = choice("DIGITS", lambda: _data_sets_in_words(), lambda: [d.name for d in _data_sets()])
@@ -144,11 +144,11 @@ class DataOptions:
     download: bool = switch(lambda: f"let torchvision fetch {', '.join(downloadable())} to --data-path")
     bad_images: str = choice(
         BadImages.STOP.value,
-        "skip: train on the next image in place of a file that cannot be read (default: stop)",
+        "skip: train on the next image in place of a file that cannot be read (default: {default})",
         [b.value for b in BadImages],
     )
     num_classes: int | None = option(None, "refuse data with another number of classes", whole(1))
-    input_size: int | None = by_recipe(None, "pixels per side of an image", whole(1))
+    input_size: int | None = with_own_default(None, "pixels per side of an image", whole(1))
     mean: list[float] | None = option(
         None, "mean of each channel, in [0, 1] (default: the model's own for image folders, else ImageNet's)", share,
         nargs=3, metavar=("R", "G", "B"),
@@ -157,16 +157,16 @@ class DataOptions:
         None, "standard deviation of each channel, like --mean", real(1e-6), nargs=3, metavar=("R", "G", "B")
     )
     exif_orientation: bool = switch("turn image files as their EXIF orientation says")
-    num_workers: int = by_recipe(8, "loader processes for each training process", whole(0, 512))
-    repeats: int = by_recipe(3, "augmented copies of an image per epoch; 1 for none", whole(1, 100))
-    aa: str = by_recipe(RAND_AUGMENT, "timm's automatic augmentation, or none", str)
-    color_jitter: float = by_recipe(0.3, "strength; --aa replaces it where that is on", real(0, 10))
-    reprob: float = by_recipe(0.25, "probability of random erasing", share)
+    num_workers: int = with_own_default(8, "loader processes for each training process", whole(0, 512))
+    repeats: int = with_own_default(3, "augmented copies of an image per epoch; 1 for none", whole(1, 100))
+    aa: str = with_own_default(RAND_AUGMENT, "timm's automatic augmentation, or none", str)
+    color_jitter: float = with_own_default(0.3, "strength; --aa replaces it where that is on", real(0, 10))
+    reprob: float = with_own_default(0.25, "probability of random erasing", share)
     keep_last_batch: bool = switch(
         "train on the images that do not fill a batch, too; Mixup leaves them as they are if they do not pair off"
     )
-    mixup: float = by_recipe(0.8, "alpha of Mixup; 0 for none", real(0))
-    cutmix: float = by_recipe(1.0, "alpha of CutMix; 0 for none", real(0))
+    mixup: float = with_own_default(0.8, "alpha of Mixup; 0 for none", real(0))
+    cutmix: float = with_own_default(1.0, "alpha of CutMix; 0 for none", real(0))
 
 
 @dataclass(frozen=True)
@@ -176,21 +176,21 @@ class TrainingOptions:
     title = "training"
     free_on_resume = ()
 
-    epochs: int = by_recipe(90, "length of the run", whole(1))
-    batch_size: int = by_recipe(256, "images per step and process", whole(1))
-    accumulate_steps: int = option(1, "micro-batches into which a batch is cut (default: 1)", whole(1))
-    lr: float = by_recipe(5e-4, "learning rate at a global batch of 512; scaled linearly", real(0))
-    min_lr: float = by_recipe(1e-5, "learning rate at the end of the cosine", real(0))
-    warmup_lr: float = by_recipe(1e-6, "learning rate at the start of the warm-up", real(0))
-    warmup_epochs: int = by_recipe(5, "length of the warm-up, less than --epochs", whole(0))
-    warmup_prefix: bool = by_recipe(
+    epochs: int = with_own_default(90, "length of the run", whole(1))
+    batch_size: int = with_own_default(256, "images per step and process", whole(1))
+    accumulate_steps: int = option(1, "micro-batches into which a batch is cut (default: {default})", whole(1))
+    lr: float = with_own_default(5e-4, "learning rate at a global batch of 512; scaled linearly", real(0))
+    min_lr: float = with_own_default(1e-5, "learning rate at the end of the cosine", real(0))
+    warmup_lr: float = with_own_default(1e-6, "learning rate at the start of the warm-up", real(0))
+    warmup_epochs: int = with_own_default(5, "length of the warm-up, less than --epochs", whole(0))
+    warmup_prefix: bool = with_own_default(
         False, "the cosine begins after the warm-up, as Swin's does", None, action=argparse.BooleanOptionalAction
     )
-    weight_decay: float = by_recipe(0.05, "not on biases, norms, tokens and position embeddings", real(0))
-    clip_grad: float = by_recipe(0.0, "largest norm of all gradients together; 0 for any", real(0))
-    smoothing: float = by_recipe(0.1, "label smoothing", decay)
-    model_ema_decay: float = by_recipe(0.99996, "decay of the model's moving average; 0 for none", decay)
-    seed: int = option(0, "default: 0", whole(0, 2**31 - 1))
+    weight_decay: float = with_own_default(0.05, "not on biases, norms, tokens and position embeddings", real(0))
+    clip_grad: float = with_own_default(0.0, "largest norm of all gradients together; 0 for any", real(0))
+    smoothing: float = with_own_default(0.1, "label smoothing", below_one)
+    model_ema_decay: float = with_own_default(0.99996, "decay of the model's moving average; 0 for none", below_one)
+    seed: int = option(0, "default: {default}", whole(0, 2**31 - 1))
 
 
 @dataclass(frozen=True)
@@ -200,9 +200,13 @@ class DistillationOptions:
     title = "distillation"
     free_on_resume = ("teacher_path",)
 
-    distillation_type: str = choice("none", "default: none", ["none", "soft", "hard"])
-    distillation_alpha: float = option(0.5, "weight of the teacher (default: 0.5)", share, needs="distillation_type")
-    distillation_tau: float = option(1.0, "temperature of soft (default: 1.0)", real(1e-6), needs="distillation_type")
+    distillation_type: str = choice("none", "default: {default}", ["none", "soft", "hard"])
+    distillation_alpha: float = option(
+        0.5, "weight of the teacher (default: {default})", share, needs="distillation_type"
+    )
+    distillation_tau: float = option(
+        1.0, "temperature of soft (default: {default})", real(1e-6), needs="distillation_type"
+    )
     teacher_model: str | None = option(None, "any timm model", needs="distillation_type")
     teacher_path: Path | None = option(None, "the teacher's weights", Path, metavar="PATH", needs="distillation_type")
 
@@ -231,9 +235,11 @@ class RunOptions:
     resume: str | None = option(
         None, "go on from this checkpoint; auto: the last intact one in --output-dir", metavar="PATH"
     )
-    save_epochs: int = option(1, "epochs between two checkpoints (default: 1)", whole(1), metavar="N")
-    save_steps: int = option(0, "write a checkpoint every N steps, too; 0 for none (default: 0)", whole(0), metavar="N")
-    keep_checkpoints: int = option(2, "the last K stay, and the best (default: 2)", whole(1), metavar="K")
+    save_epochs: int = option(1, "epochs between two checkpoints (default: {default})", whole(1), metavar="N")
+    save_steps: int = option(
+        0, "write a checkpoint every N steps, too; 0 for none (default: {default})", whole(0), metavar="N"
+    )
+    keep_checkpoints: int = option(2, "the last K stay, and the best (default: {default})", whole(1), metavar="K")
     deterministic: bool = switch("on a GPU: the same bits again, if more slowly")
     eval: bool = switch("evaluate --resume or --finetune and stop")
 
@@ -259,7 +265,7 @@ RECIPE_OPTIONS = (
     *(name for name in names_of(LowPrecisionOptions) if name not in ("matmul", "track_oscillation")),
     *names_of(RemedyOptions),
 )
-"""The recipe and the remedies. If --eval is given one of them, it takes none of them from the checkpoint."""
+"""The options of the recipe and the remedies. If the user gives one with --eval, the checkpoint's are all ignored."""
 
 
 NOT_FOR_EVALUATION = {
@@ -315,9 +321,9 @@ def build_parser() -> Parser:
     for group in GROUPS.values():
         arguments = parser.add_argument_group(group.title)
         for f in fields(group):
-            how = {k: v for k, v in f.metadata.items() if k not in ("needs", "by_recipe") and v is not None}
+            how = {k: v for k, v in f.metadata.items() if k not in ("needs", "own_default") and v is not None}
             how |= {k: how[k]() for k in ("help", "choices") if callable(how.get(k))}
-            if f.metadata.get("by_recipe"):
+            if f.metadata.get("own_default"):
                 how["help"] += f" ({_defaults_in_words(f)})"
             arguments.add_argument(flag(f.name), default=None, **how)
     return parser
@@ -331,12 +337,12 @@ def _data_sets() -> list[DataSet]:
 def _data_sets_in_words() -> str:
     lines = ("default: DIGITS", *(f"{data_set.name}: {data_set.description}" for data_set in _data_sets()))
     large = " and ".join(data_set.name for data_set in _data_sets() if not data_set.options)
-    return "\n".join((*lines, f"Small data below is all but {large}."))
+    return "\n".join((*lines, f'"small data" in the defaults below means every data set but {large}.'))
 
 
 def _defaults_in_words(f: Field) -> str:
     """The default of an option that depends on the model and the data set."""
-    others = {f"{beginning}*": options for beginning, options in MODEL_RECIPES.items()}
+    others = {f"{beginning}*": options for beginning, options in MODEL_DEFAULTS.items()}
     others["small data"] = SMALL_DATA
     for name, info in DATA_SETS.items():
         others[name] = {key: value for key, value in info.options.items() if SMALL_DATA.get(key) != value}
@@ -401,7 +407,7 @@ def _filled_in(given: dict[str, object], stored: dict[str, object]) -> dict[str,
     """
     chosen = stored | given
     of_data_set = DATA_SETS[chosen.get("data_set", FIELDS["data_set"].default)].options
-    own = recipe_of(chosen.get("model") or of_data_set.get("model", FIELDS["model"].default)) | of_data_set
+    own = defaults_of(chosen.get("model") or of_data_set.get("model", FIELDS["model"].default)) | of_data_set
     if "model" in chosen:
         own["input_size"] = None  # the data set's size goes with the data set's model
     values = {name: f.default for name, f in FIELDS.items()} | own | chosen
@@ -424,10 +430,10 @@ def _is_on(value: object) -> bool:
     return value is not None and value is not False and value != "none"
 
 
-def recipe_of(model: str) -> dict[str, object]:
-    """The defaults of a model's own recipe on ImageNet."""
-    recipe = {name: f.default for name, f in FIELDS.items() if f.metadata.get("by_recipe")}
-    for beginning, options in MODEL_RECIPES.items():
+def defaults_of(model: str) -> dict[str, object]:
+    """A model's defaults on ImageNet of the options that have more than one default."""
+    defaults = {name: f.default for name, f in FIELDS.items() if f.metadata.get("own_default")}
+    for beginning, options in MODEL_DEFAULTS.items():
         if model.startswith(beginning):
-            recipe |= options
-    return recipe
+            defaults |= options
+    return defaults

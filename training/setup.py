@@ -41,9 +41,9 @@ from quantization import (
     Remedies,
     RunLength,
     Status,
-    has_fp8,
     initialise_steps,
     set_matmul,
+    uses_fp8,
 )
 from quantization.formats import GROUP_SIZE
 from runtime import processes, sharding
@@ -489,8 +489,7 @@ def describe(setup: Setup, directory: Path, num_parameters: int) -> None:
     say(f"model   {options.model.model}: {num_parameters:,} parameters, {num_linears} linears in {quant}")
     if covered is not None:
         say(f"covers  {covered.summary()}")
-    fp8 = device.type == "cuda" and quant != "int4" and options.precision.matmul != "bf16" and has_fp8(device)
-    arithmetic = ("fp8" if fp8 else "bf16") if device.type == "cuda" else "fp32"
+    arithmetic = "fp8" if uses_fp8(setup.model) else "bf16" if device.type == "cuda" else "fp32"
     how = "simulated" if quant == "int4" else "multiplied"
     say(f"recipe  {setup.identity['recipe']}" + (f", {how} in {arithmetic}" if quant != "none" else ""))
     if options.run.compile and device.type == "cpu":

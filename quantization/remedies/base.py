@@ -47,7 +47,7 @@ class TrainingRun(Protocol):
     def measure_ratios(self, epoch: int, steps: int) -> dict[nn.Parameter, Tensor]:
         """The oscillation ratio of every quantized weight over `steps` steps, which are then undone.
 
-        Raises what asks the run to end, with everything undone, too.
+        If a signal asks the run to end meanwhile, the steps are undone and the run's exception is raised.
         """
 
     def sum_over_shards(self, sums: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ..optim.step_count import StepCount
 from ..option_fields import choice, option, real
 from ..swap import plain_weight_linears
 from .base import Remedy, RunLength, remedy, renamed
-from .cosine import cosine
+from .nagel_schedule import cosine
 
 
 class Reduction(str, Enum):
@@ -68,7 +68,7 @@ class Dampen(StepCount, Remedy):
         if weight < 0 or total_steps < 1:
             raise ValueError(f"need weight >= 0 and total_steps >= 1, got {weight} and {total_steps}")
         super().__init__()
-        self.weight, self.total_steps, self.reduction = weight, total_steps, Reduction(reduction)
+        self.strength, self.total_steps, self.reduction = weight, total_steps, Reduction(reduction)
         if model is not None:
             self.attach(model)
 
@@ -83,7 +83,7 @@ class Dampen(StepCount, Remedy):
     @property
     def present_weight(self) -> float:
         """lambda(t) of the next step."""
-        return cosine(self.step, self.total_steps, 0.0, self.weight) or 0.0
+        return cosine(self.step, self.total_steps, 0.0, self.strength) or 0.0
 
     @torch.no_grad()
     def before_update(self) -> None:

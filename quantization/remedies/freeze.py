@@ -30,7 +30,7 @@ from ..optim.step_count import StepCount
 from ..option_fields import option, real
 from ..swap import plain_weight_linears
 from .base import Remedy, RunLength, remedy
-from .cosine import cosine
+from .nagel_schedule import cosine
 
 MOMENTUM = 0.001  # Nagel et al.'s default
 FIRST_THRESHOLD = 0.1  # where the threshold's cosine starts

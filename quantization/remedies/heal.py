@@ -1,8 +1,8 @@
 """Healing: from some epoch on, the linears multiply in high precision.
 
-Submissions to MLPerf Training that train in MXFP4 switch late in the run so (AMD's Primus, `mxfp4_healing.py`). The
-healed model is no 4-bit model any more, so each line of the log has its numbers in the recipe's precision, too, as
-`quantized_loss`, `quantized_acc1` and `quantized_acc5`.
+Submissions to MLPerf Training in MXFP4 do this late in a run (AMD's Primus, `mxfp4_healing.py`). The healed model is no
+4-bit model any more. So each line of the log also has its numbers in the recipe's precision: `quantized_loss`,
+`quantized_acc1` and `quantized_acc5`.
 """
 
 from __future__ import annotations

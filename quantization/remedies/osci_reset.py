@@ -23,7 +23,7 @@ from ..swap import plain_weight_linears
 from .base import Remedy, RunLength, remedy
 
 START = 0.6  # TetraJet-v2's runs begin between 59 % and 69 %
-WINDOW = 50  # steps that are measured
+RESET_WINDOW = 50  # steps that are measured
 INTERVAL = 1000  # steps from the start of one window to the start of the next
 
 
@@ -50,19 +50,19 @@ class OsciResetOptions:
     )
     osci_reset_window: int | None = option(
         None,
-        f"steps that are measured before a reset (default: {WINDOW}, but at most the interval)",
+        f"steps that are measured before a reset (default: {RESET_WINDOW}, but at most the interval)",
         whole(1),
         needs="osci_reset",
     )
     osci_reset_threshold: float | None = option(
         OSCILLATION_THRESHOLD,
-        f"oscillation ratio from which a weight is reset (default: {OSCILLATION_THRESHOLD})",
+        "oscillation ratio from which a weight is reset (default: {default})",
         real(1e-6),
         needs="osci_reset",
     )
     osci_reset_start: float | None = option(
         START,
-        f"share of the run before the first window, or a number of steps above 1 (default: {START})",
+        "share of the run before the first window, or a number of steps above 1 (default: {default})",
         share_or_steps,
         needs="osci_reset",
     )
@@ -98,7 +98,7 @@ class OsciReset(StepCount, Remedy):
     ) -> None:
         if interval is None:
             interval = max(1, min(INTERVAL, total_steps // 10)) if window is None else window
-        window = min(WINDOW, interval) if window is None else window
+        window = min(RESET_WINDOW, interval) if window is None else window
         if start < 0 or (start > 1 and start % 1) or min(interval, window, total_steps) < 1 or threshold <= 0:
             raise ValueError(
                 "need a start that is a share or a number of steps, interval, window and total_steps of at least 1 and "
@@ -168,11 +168,11 @@ class OsciReset(StepCount, Remedy):
     def _reset(self, paths: PathLengths, skip: Tensor | None) -> None:
         ratios = paths.ratios()
         for layer in self._layers:
-            oscillates = ratios[layer.weight] >= self.threshold
+            resets_now = ratios[layer.weight] >= self.threshold
             if skip is not None:
-                oscillates &= skip == 0
-            layer.weight.copy_(torch.where(oscillates, layer.quantized_weight(), layer.weight))
-            self.resets += oscillates.sum()
+                resets_now &= skip == 0
+            layer.weight.copy_(torch.where(resets_now, layer.quantized_weight(), layer.weight))
+            self.resets += resets_now.sum()
 
     def log_numbers(self) -> dict[str, float]:
         return {"resets": int(self.resets)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..averages import lerp_unless
 from ..optim.step_count import count_steps
-from ..option_fields import decay, option, switch
+from ..option_fields import below_one, option, switch
 from ..recipe import PAPER_BETA, Recipe
 from ..shards import local
 from ..swap import quant_linears
@@ -26,7 +26,7 @@ class QEmaOptions:
     free_on_resume = ("q_ema", "q_ema_beta")
 
     q_ema: bool = switch("round weights towards their moving average")
-    q_ema_beta: float = option(PAPER_BETA, f"decay of that average (default: {PAPER_BETA})", decay, needs="q_ema")
+    q_ema_beta: float = option(PAPER_BETA, "decay of that average (default: {default})", below_one, needs="q_ema")
 
 
 @remedy("q_ema", QEmaOptions)

@@ -23,12 +23,12 @@ class QRampingOptions:
 
     q_ramping: bool = switch("update oscillating weights less often")
     q_ramping_k1: float = option(
-        16.0, "oscillation ratio for which the period grows by k2 (default: 16)", real(1e-6), needs="q_ramping"
+        16.0, "oscillation ratio for which the period grows by k2 (default: {default})", real(1e-6), needs="q_ramping"
     )
     q_ramping_k2: int = option(
-        5, "steps by which the period grows for each k1 (default: 5)", whole(0), needs="q_ramping"
+        5, "steps by which the period grows for each k1 (default: {default})", whole(0), needs="q_ramping"
     )
-    q_ramping_steps: int = option(30, "steps of a detection (default: 30)", whole(1), needs="q_ramping")
+    q_ramping_steps: int = option(30, "steps of a detection (default: {default})", whole(1), needs="q_ramping")
 
 
 @remedy("q_ramping", QRampingOptions)

@@ -23,7 +23,7 @@ ORDER = (
     *("swap", "weight_cache", "coverage", "create"),
     *("measures.latent", "measures.oscillation"),
     *("optim.step_count", "optim.rewound", "optim.ramping"),
-    *("remedies.base", "remedies.cosine", *(f"remedies.{name}" for name in REMEDIES)),
+    *("remedies.base", "remedies.nagel_schedule", *(f"remedies.{name}" for name in REMEDIES)),
 )
 
 

@@ -15,14 +15,14 @@ import pytest
 
 from reproduction import runner
 from reproduction.__main__ import main
-from reproduction.protocols import PROTOCOLS, Setup
+from reproduction.protocols import PROTOCOLS, ModelSettings
 from reproduction.runner import Machine
 from reproduction.runs import RECORD, executable, plan, shell
 from reproduction.targets import TARGETS, Metric, Row, Target
 from runtime.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-SETUP = Setup("deit_micro_patch4_32", 119, 3e-3, "--input-size 4 --warmup-epochs 0 --device cpu")
+SETUP = ModelSettings("deit_micro_patch4_32", 119, 3e-3, "--input-size 4 --warmup-epochs 0 --device cpu")
 TINY = replace(PROTOCOLS["smoke"], epochs=1, setups={"DeiT-T": SETUP})
 PAIR = Target(
     "Two rows",

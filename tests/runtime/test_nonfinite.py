@@ -20,7 +20,7 @@ from main import main
 from quantization import QEma, QuantLinear, RampingAdamW, Recipe, detect_oscillation, take_lost_groups
 from quantization.matmul import underflow_counters
 from runtime.errors import NonFiniteSteps
-from runtime.nonfinite import MOST_IN_A_ROW, Skips, Step, first_output_that_is_not_finite
+from runtime.nonfinite import MOST_IN_A_ROW, Skips, StepRecord, first_output_that_is_not_finite
 from tracking import oscillation_csv
 from training import setup
 from training.loop import update_average
@@ -247,7 +247,7 @@ def test_nine_in_a_row_do_not_and_the_eleventh_step_is_not_taken(batches, device
 
 
 def test_the_row_goes_on_in_another_process(device):
-    bad = Step(torch.zeros(1), torch.tensor(NAN, device=device), torch.ones(1, device=device), "here")
+    bad = StepRecord(torch.zeros(1), torch.tensor(NAN, device=device), torch.ones(1, device=device), "here")
     skips, other = Skips(), Skips()
     for _ in range(MOST_IN_A_ROW - 1):
         skips.decide(bad)

@@ -85,8 +85,8 @@ def test_a_compiled_model_shows_its_output_too():
 
 @pytest.mark.parametrize("steps, window", [(9, 4), (5, 4), (4, 4), (3, 3), (1, 1)])
 def test_windows_are_the_last_steps_of_an_epoch(steps, window, device, monkeypatch):
-    assert tracker.WINDOW == 30
-    monkeypatch.setattr(tracker, "WINDOW", 4)
+    assert tracker.TRACKED_STEPS == 30
+    monkeypatch.setattr(tracker, "TRACKED_STEPS", 4)
     model, dataset = make(device, depth=1, images=3)
     test = OscillationTracker(model, dataset, device)
     for epoch in range(2):

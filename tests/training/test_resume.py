@@ -426,7 +426,7 @@ class TestCheckpoints:
 
 def test_a_tracked_window_in_progress_goes_on(data, monkeypatch):
     """Killed before, at the start of and within a window of 3 of 6 steps: the same oscillation.csv."""
-    monkeypatch.setattr(tracker, "WINDOW", 3)
+    monkeypatch.setattr(tracker, "TRACKED_STEPS", 3)
     options = [*RUN, "--epochs", "2", "--data-path", data, "--track-oscillation"]
     assert main([*options, "--output-dir", "whole"]) == 0
     command = [*options, "--output-dir", "parts", "--resume", "auto", "--save-steps", "1"]
