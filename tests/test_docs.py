@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from datasets import DATA_SETS
 from training.options import parse_args
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -100,6 +101,43 @@ def test_commands_are_ones_that_the_program_takes(page, monkeypatch):
         assert all((REPOSITORY / file).exists() for file in files), f"{page}: {line}"
         if "main.py" in words or "scripts/slurm.sh" in words:
             parse_args(words[words.index(files[0]) + 1 :])
+
+
+def test_every_data_set_has_its_row():
+    rows = [line.split(" | ")[0] for line in PAGES["docs/data.md"].splitlines() if re.match(r"\| `[A-Z]", line)]
+    named = re.findall(r"`(\w+)`", " ".join(rows))
+    assert sorted(named) == sorted(DATA_SETS)
+
+
+def tree() -> tuple[set[Path], set[Path]]:
+    """The files and the folders of docs/architecture.md, by the indentation of its lines."""
+    files, folders, room = set(), set(), Path()
+    for line in examples("docs/architecture.md", "text")[0].splitlines():
+        room = room if line.startswith(" ") else Path()
+        # What follows two spaces is a description, in which "; NAME.py" and ", NAME.py" are entries, too.
+        entries = re.findall(r"(?:^\s*|, |; )([a-z_]+(?:\.py|/))", line)
+        files |= {room / entry for entry in entries if entry.endswith(".py")}
+        folders |= {room / entry for entry in entries if entry.endswith("/")}
+        if not line.startswith(" ") and entries and entries[0].endswith("/"):
+            room = Path(entries[0])
+    return files, folders
+
+
+def test_the_tree_has_every_module_and_nothing_else():
+    """A module is in it by its name, or by its folder if the tree does not look into that folder."""
+    files, folders = tree()
+    files = {file for file in files if file.name != "base.py"}  # "(base.py)" describes a folder
+    assert not [file for file in files if not (REPOSITORY / file).is_file()]
+    assert not [folder for folder in folders if not (REPOSITORY / folder).is_dir()]
+    looked_into = {file.parent for file in files}
+    assert {Path(), Path("training"), Path("quantization")} == looked_into
+    ignored = {"tests", ".venv"}
+    for path in REPOSITORY.rglob("*.py"):
+        module = path.relative_to(REPOSITORY)
+        if module.parts[0] in ignored or module.parts[0].startswith(".") or module.name == "__init__.py":
+            continue
+        in_a_folder = any(parent in folders and parent not in looked_into for parent in module.parents)
+        assert module in files or in_a_folder, f"docs/architecture.md lacks {module}"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -160,7 +160,7 @@ class Training:
             raise
 
     def _after_step(self) -> None:
-        """Everything that follows an optimizer step. After a skipped one it runs, too, but changes no weight or average."""
+        """All that follows an optimizer step. It also follows a skipped one, but then changes no weight or average."""
         sums, skip = self.progress.sums, self.step.skip
         sums.bad_images += take_bad_images(self.loaders.train)[0]
         sums.lost_groups = sums.lost_groups + take_lost_groups(self.step.device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import re
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +15,8 @@ import torch
 from main import main
 from quantization import REMEDIES, Recipe, Remedies, RunLength
 from runtime.errors import UserError
-from training.options import SAME_ON_RESUME, build_parser, flag, parse_args
+from training.option_rules import RECIPE_SWITCHES
+from training.options import FIELDS, SAME_ON_RESUME, LowPrecisionOptions, build_parser, flag, parse_args
 from training.setup import build_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -56,6 +59,23 @@ def test_an_option_has_an_effect(name):
 @pytest.mark.parametrize("option", OPTIONS.values())
 def test_an_option_is_tested(option):
     assert option in words_in_tests(), f"no test gives {option}"
+
+
+def test_every_switch_of_a_recipe_is_known_as_one():
+    """`--quant` chooses the recipe, and the last two of the group leave it as it is; all other options change it."""
+    group = {f.name for f in fields(LowPrecisionOptions)}
+    assert set(RECIPE_SWITCHES) == group - {"quant", "matmul", "track_oscillation"}
+    assert len(RECIPE_SWITCHES) == len(set(RECIPE_SWITCHES)) == 6
+
+
+def test_a_help_that_quotes_its_default_quotes_the_fields():
+    for name, field in FIELDS.items():
+        text = field.metadata["help"]
+        quoted = re.search(r"\(?default: ([\w.]+)\)?$", text) if isinstance(text, str) else None
+        assert not isinstance(text, str) or "{" not in text, name
+        if quoted and not field.metadata.get("own_default") and field.default not in (None, "auto"):
+            numeric = isinstance(field.default, (int, float)) and not isinstance(field.default, bool)
+            assert (float(quoted[1]) if numeric else quoted[1]) == field.default, name
 
 
 def test_every_option_has_a_help():

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import struct
 from pathlib import Path
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from engine import METRICS
 from tracking.oscillation_csv import Measure, Row
 from training.run_log import TABLE_HEAD, RunLog, table_row
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def events(directory: Path) -> list[Event]:
@@ -31,6 +36,25 @@ def test_curves_are_by_the_epoch_and_a_run_that_goes_on_purges_what_it_repeats(t
     assert (told[0].step, told[0].session_log.status) == (3, SessionLog.START)
     points = [(event.step, value.tag, value.simple_value) for event in told[1:] for value in event.summary.value]
     assert points == [(3, "train_loss", 0.5), (3, "test_acc1", 75.0)]
+
+
+def dict_keys(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    keys = {key for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys}
+    return {key.value for key in keys if isinstance(key, ast.Constant)}
+
+
+def test_the_table_reads_numbers_that_something_writes():
+    """Names that `table_row` looks up, in the source, against the keys of the dicts that fill a line of the log."""
+    tree = ast.parse(inspect.getsource(table_row))
+    subscripts = [node for node in ast.walk(tree) if isinstance(node, ast.Subscript)]
+    read = {node.slice.value for node in subscripts if getattr(node.value, "id", None) == "numbers"}
+    read |= {node.left.value for node in ast.walk(tree) if isinstance(node, ast.Compare)}
+    assert {"train_loss", "oscillating", "quantized_acc1"} <= read
+    files = ["engine.py", "training/loop.py", *REPOSITORY.glob("quantization/remedies/*.py")]
+    written = set().union(*(dict_keys(REPOSITORY / file) for file in files))
+    written |= {f"{prefix}_{name}" for prefix in ("test", "ema", "quantized") for name in METRICS}
+    assert read <= written, read - written
 
 
 def test_a_histogram_has_its_bins_upper_edges(tmp_path):
