@@ -1,4 +1,4 @@
-"""One training step by one process and by several, each on a GPU of its own: how many more images a second.
+"""One training step by one process and by several, each on a GPU of its own: how many more images per second.
 
     python benchmarks/scaling.py [--model deit_small_patch16_224] [--batch-size 256] [--compile] [--graph] [--csv FILE]
 
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model", type=model_name, default="deit_small_patch16_224", metavar="NAME", help="default: %(default)s"
     )
-    parser.add_argument("--batch-size", type=positive, default=256, help="images a step and process (default: 256)")
+    parser.add_argument("--batch-size", type=positive, default=256, help="images per step and process (default: 256)")
     parser.add_argument("--steps", type=positive, default=30, help="timed steps (default: 30)")
     parser.add_argument("--processes", type=positive, help="default: as many as there are GPUs; two on a CPU")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, help="default: all")
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(", ".join(f"{key} {row[key]}" for key in ("device", "torch", "triton", "timm", "commit")), end="")
                 more = ", compiled" * args.compile + ", CUDA graphs" * args.graph
                 print(f"; {args.model}, batch {args.batch_size} each{more}\n")
-                print("| recipe | processes | ms a step (20 %, 80 %) | img/s | / one process | peak GiB |")
+                print("| recipe | processes | ms per step (20 %, 80 %) | img/s | / one process | peak GiB |")
                 print("| --- | --- | --- | --- | --- | --- |")
             ratio = row["img_per_s"] / alone.setdefault(row["recipe"], row["img_per_s"])
             print(

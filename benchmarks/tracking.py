@@ -95,7 +95,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     window = TRACKED_STEPS * (statistics.median(times[WITHIN]) - plain)
     window += sum(statistics.median(times[kind]) for kind in (OPENING, CLOSING))
-    print(f"\nA window of {TRACKED_STEPS} steps costs {window:.0f} ms an epoch, as long as {window / plain:.1f} steps.")
+    print(
+        f"\nA window of {TRACKED_STEPS} steps costs {window:.0f} ms per epoch, the time of {window / plain:.1f} steps."
+    )
     if args.csv:
         append_rows(args.csv, rows)
     return 0

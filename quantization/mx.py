@@ -28,7 +28,7 @@ def backend_for(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
 
 @dataclass(frozen=True, eq=False)
 class MXTensor:
-    """A tensor in MX format, which takes 4.25 bits a value if the length of the axis is a multiple of 32."""
+    """A tensor in MX format, which takes 4.25 bits per value if the length of the axis is a multiple of 32."""
 
     codes: Tensor
     """uint8, shaped like the tensor but ceil(length / 2) along `axis`: two codes a byte, the first element in the low

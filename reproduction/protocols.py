@@ -27,7 +27,7 @@ class ModelSettings:
     model: str
     """A name for --model."""
     global_batch: int
-    """Images a step over all processes."""
+    """Images per step over all processes."""
     lr: float
     """--lr, at a global batch of 512."""
     options: str = ""

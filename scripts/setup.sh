@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Prepare a Python environment for this project. Running it again does nothing.
-#   bash scripts/setup.sh          makes .venv, or leaves an active environment alone that has the requirements
+#   bash scripts/setup.sh          makes .venv, or leaves an active environment alone that has the requirements;
+#                                  one that lacks something stays as it is, and .venv is made beside it
 #   source scripts/setup.sh        the same, and leaves it active in your shell
 # PYTHON=python3.12 chooses the interpreter of a new .venv.
 

@@ -10,8 +10,8 @@
 #SBATCH --signal=B:USR1@120
 # Train on a Slurm cluster, from the repository's root on a file system that all nodes share:
 #   sbatch [sbatch's options] scripts/slurm.sh --output-dir DIR [main.py's options ...]
-# One torchrun a node. Two minutes before its time is up the job is told to write a checkpoint; training then exits with
-# code 75, the job is requeued and goes on from there.
+# One torchrun per node. Two minutes before its time is up the job is told to write a checkpoint; training then exits
+# with code 75, the job is requeued and goes on from there.
 set -euo pipefail
 
 CHECKPOINT_WRITTEN=75

@@ -46,7 +46,7 @@ def live_tensors() -> int:
 def test_memory_does_not_grow(method, steps):
     """Live tensors to the number, Python's objects by less than one a step, the process's memory by 8 MB.
 
-    Python's own caches still take some tenths of an object a step then, ever fewer: none after some thousand steps.
+    Python's own caches still take some tenths of an object per step then, ever fewer: none after some thousand steps.
     """
     torch.manual_seed(0)
     recipe = {"int4": Int4Recipe(), "freeze": Recipe()}.get(method, Recipe().with_q_ema(0.99))

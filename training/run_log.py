@@ -141,7 +141,7 @@ def _dllogger(path: Path):
     """log(step, data), by NVIDIA's dllogger where it is installed, else into the same format.
 
     PyPI's `nvidia-dllogger` is a placeholder that cannot be installed, so the package may well be absent. The format
-    is that of its JSONStreamBackend: "DLLL " and a JSON object a line.
+    is that of its JSONStreamBackend: "DLLL " and one JSON object per line.
     """
     if importlib.util.find_spec("dllogger") is not None:
         dllogger = importlib.import_module("dllogger")
