@@ -3,6 +3,7 @@
 This package knows nothing of data sets, parses no command line, and knows of models only what `families/` says. A file
 imports only from files that are listed before it, and the same holds for the folders:
 
+    shared_name             one set of modules for the names `quantization` and `tetrajet`
     formats, recipe         number formats; the choice of quantizers for a layer
     option_fields           how options of main.py are declared
     philox, reference       random bits; the specification of MX quantization, in PyTorch
@@ -47,6 +48,7 @@ from .remedies.keep_blocks import KeepBlocks
 from .remedies.osci_reset import OsciReset
 from .remedies.q_ema import QEma
 from .remedies.q_ramping import QRamping
+from .shared_name import share_modules
 from .swap import (
     BLOCK_LINEARS,
     copy_precision,
@@ -58,6 +60,8 @@ from .swap import (
     uses_fp8,
 )
 from .weight_cache import weights_quantized_once
+
+share_modules(__name__)
 
 __all__ = [
     "BACKWARD",

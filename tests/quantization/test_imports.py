@@ -15,7 +15,7 @@ REMEDIES = sorted(
 )
 """The files that a user adds: each may import everything before them, but no other remedy."""
 ORDER = (
-    *("formats", "recipe", "option_fields", "philox", "reference", "adamw_update"),
+    *("shared_name", "formats", "recipe", "option_fields", "philox", "reference", "adamw_update"),
     *("triton.multi_tensor", "triton.tiles", "triton.rounding", "triton.philox", "triton.amax", "triton.rows"),
     *("triton.columns", "triton.kernels", "triton.adamw", "triton.lerp"),
     *("operators", "mx", "matmul", "shards", "averages", "baselines.int4", "linear"),
