@@ -9,7 +9,8 @@ imports only from files that are listed before it, and the same holds for the fo
     philox, reference       random bits; the specification of MX quantization, in PyTorch
     adamw_update, triton/   the data of an optimizer step; the kernels of quantizers, optimizer and averages
     operators               the quantizers for torch.compile
-    mx, matmul, shards      `quantize_mx`; the matmul of two operands; sharded weights
+    mx, mx_file             `quantize_mx` and `MXTensor`; MX tensors in a safetensors file
+    matmul, shards          the matmul of two operands; sharded weights
     averages                moving averages that skip what a step skips
     baselines/              the INT4 layer
     linear                  the MX layer
@@ -38,6 +39,7 @@ from .measures.oscillation import (
     rate_of_change,
 )
 from .mx import MXTensor, quantize_mx
+from .mx_file import load_mx, save_mx
 from .optim.ramping import RampingAdamW, detect_oscillation, update_periods
 from .recipe import BACKWARD, FORWARD, QUANTIZERS, RECIPES, Int4Recipe, Quantizer, Recipe
 from .remedies.base import REMEDIES, Remedies, Remedy, RunLength
@@ -108,12 +110,14 @@ __all__ = [
     "initialise_steps",
     "latent_weight",
     "lerp_unless",
+    "load_mx",
     "oscillates",
     "plain_rounding",
     "quant_linears",
     "quantize_mx",
     "rate_of_change",
     "restore_linears",
+    "save_mx",
     "set_matmul",
     "swap_linears",
     "take_lost_groups",

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .formats import Element, Rounding, Scaling
+from .formats import GROUP_SIZE, Element, Rounding, Scaling
 from .philox import fresh_keys
 from .recipe import Quantizer
+from .shared_name import NAMES
 
 
 def backend_for(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
@@ -26,9 +27,15 @@ def backend_for(tensor: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
     return operators if torch.compiler.is_compiling() else operators.backend(tensor, dtype)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MXTensor:
-    """A tensor in MX format, which takes 4.25 bits per value if the length of the axis is a multiple of 32."""
+    """A tensor in MX format, which takes 4.25 bits per value if the length of the axis is a multiple of 32.
+
+    `torch.save` stores it and `torch.load` reads it with `weights_only`, too; `mx_file.py` has safetensors. Two are
+    equal if they stand for one shape, axis and element with the same bits, on whatever devices.
+
+    Raises TypeError for codes or scales of another dtype, and ValueError if their shapes do not belong to `shape`.
+    """
 
     codes: Tensor
     """uint8, shaped like the tensor but ceil(length / 2) along `axis`: two codes a byte, the first element in the low
@@ -40,6 +47,60 @@ class MXTensor:
     axis: int
     """The axis, counted from the front, along which 32 consecutive elements share a scale."""
     element: Element
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", torch.Size(self.shape))
+        object.__setattr__(self, "element", Element(self.element))
+        shape = self.shape or torch.Size((1,))
+        if not 0 <= self.axis < len(shape):
+            raise ValueError(f"axis must lie in [0, {len(shape) - 1}] for the shape {tuple(shape)}, got {self.axis}")
+        for name, dtype, values in (("codes", torch.uint8, 2), ("scales", torch.float8_e8m0fnu, GROUP_SIZE)):
+            part = getattr(self, name)
+            wanted = (*shape[: self.axis], -(-shape[self.axis] // values), *shape[self.axis + 1 :])
+            if part.dtype != dtype:
+                raise TypeError(f"{name} must be {dtype}, got {part.dtype}")
+            if tuple(part.shape) != wanted:
+                raise ValueError(
+                    f"{name} must have the shape {wanted} for a tensor of {tuple(shape)}, got {tuple(part.shape)}"
+                )
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> MXTensor:
+        """This tensor on `device`; itself if it is there already. Raises TypeError for a dtype: see `dequantize`."""
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"MXTensor.to takes a device, got {device}; dequantize({device}) gives values in a dtype")
+        codes = self.codes.to(device, non_blocking=non_blocking)
+        if codes is self.codes:
+            return self
+        return MXTensor(codes, self.scales.to(device, non_blocking=non_blocking), self.shape, self.axis, self.element)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MXTensor):
+            return NotImplemented
+        if (self.shape, self.axis, self.element) != (other.shape, other.axis, other.element):
+            return False
+        other = other.to(self.device)
+        scales, others = (t.scales.view(torch.uint8) for t in (self, other))
+        return torch.equal(self.codes, other.codes) and torch.equal(scales, others)
+
+    __hash__ = None  # of what is equal by its content; the dataclass would keep that of the identity
+
+    def __repr__(self) -> str:
+        where = f"axis={self.axis}, element={self.element.value}, device={self.device}"
+        return f"MXTensor(shape={tuple(self.shape)}, {where}, {self.nbytes:,} bytes)"
+
+    def __reduce__(self) -> tuple:
+        # PyTorch's restricted unpickler reads no tensor of float8_e8m0fnu.
+        scale_bytes = self.scales.view(torch.uint8)
+        return rebuild_mx, (self.codes, scale_bytes, tuple(self.shape), self.axis, self.element.value)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, in `shape`. fp32 and bf16 hold them exactly; values beyond the range of `dtype` saturate.
@@ -58,6 +119,15 @@ class MXTensor:
         if not self.shape:
             return values_RL.reshape(())
         return values_RL.reshape(*rows_shape, length).movedim(-1, self.axis)
+
+
+def rebuild_mx(codes: Tensor, scale_bytes: Tensor, shape: tuple[int, ...], axis: int, element: str) -> MXTensor:
+    """The tensor in a pickle. Raises what `MXTensor` raises."""
+    return MXTensor(codes, scale_bytes.view(torch.float8_e8m0fnu), shape, axis, element)
+
+
+# What a pickle calls the function depends on the name by which the package was imported.
+torch.serialization.add_safe_globals([(rebuild_mx, f"{package}.mx.{rebuild_mx.__name__}") for package in NAMES])
 
 
 def quantize_mx(

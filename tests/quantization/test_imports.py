@@ -18,7 +18,7 @@ ORDER = (
     *("shared_name", "formats", "recipe", "option_fields", "philox", "reference", "adamw_update"),
     *("triton.multi_tensor", "triton.tiles", "triton.rounding", "triton.philox", "triton.amax", "triton.rows"),
     *("triton.columns", "triton.kernels", "triton.adamw", "triton.lerp"),
-    *("operators", "mx", "matmul", "shards", "averages", "baselines.int4", "linear"),
+    *("operators", "mx", "mx_file", "matmul", "shards", "averages", "baselines.int4", "linear"),
     *("families.base", "families.torch_modules", "families.torchvision_models", "families.timm_models"),
     *("swap", "weight_cache", "coverage", "create"),
     *("measures.latent", "measures.oscillation"),

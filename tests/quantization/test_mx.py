@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
+import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch._weights_only_unpickler import _get_user_allowed_globals
 
-from quantization import Element, Rounding, Scaling, quantize_mx
+from quantization import Element, MXTensor, Rounding, Scaling, load_mx, quantize_mx, save_mx
 from quantization.reference import _stochastic_code
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -358,3 +363,79 @@ class TestEmaRounding:
 def test_errors_name_the_rule_and_what_was_received(arguments, error, message):
     with pytest.raises(error, match=message):
         quantize_mx(**{"x": torch.ones(2, 4), **arguments})
+
+
+class TestOneTensor:
+    """What else an `MXTensor` can do, compared with its parts."""
+
+    @pytest.fixture(params=[((3, 70), 1), ((70, 3), 0), ((2, 33, 4), 1), ((), 0)], ids=str)
+    def tensor(self, request, randn) -> MXTensor:
+        shape, axis = request.param
+        return quantize_mx(randn(*shape) if shape else randn(1)[0], axis=axis if shape else -1, element="e3m0")
+
+    def test_it_knows_its_size_and_device(self, device):
+        t = quantize_mx(torch.ones(4, 100, device=device))
+        assert t.nbytes == 4 * 50 + 4 * 4 and t.device == t.codes.device
+        assert repr(t) == f"MXTensor(shape=(4, 100), axis=1, element=e2m1, device={t.device}, 216 bytes)"
+
+    def test_equality_is_that_of_every_part(self, randn):
+        x = randn(4, 64)
+        t = quantize_mx(x)
+        assert t == quantize_mx(x.clone()) and t != x and t != quantize_mx(x, axis=0) and t != quantize_mx(x[:2])
+        assert t != quantize_mx(x, element="e3m0") and t != quantize_mx(-x) and t != quantize_mx(2 * x)
+        assert torch.equal(quantize_mx(2 * x).codes, t.codes)  # so scales are compared, too
+        with pytest.raises(TypeError, match="unhashable"):
+            hash(t)
+
+    def test_it_goes_to_a_device_and_not_to_a_dtype(self, device, randn):
+        t = quantize_mx(randn(4, 64))
+        assert t.to(device) is t
+        there = t.to("meta")
+        assert there.device.type == "meta" and there.shape == t.shape and there.scales.is_meta
+        with pytest.raises(TypeError, match=r"takes a device, got torch.bfloat16; dequantize\(torch.bfloat16\)"):
+            t.to(torch.bfloat16)
+
+    def test_it_survives_pickle_copy_and_torch_save(self, tensor):
+        file = io.BytesIO()
+        torch.save({"w": tensor}, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)["w"]
+        for again in (pickle.loads(pickle.dumps(tensor)), copy.deepcopy(tensor), loaded):
+            assert again == tensor and type(again.shape) is torch.Size and again.element is tensor.element
+            assert again.codes.stride() == tensor.codes.stride() and again.codes is not tensor.codes
+
+    def test_a_file_of_the_installed_package_loads_here(self, randn):
+        """The name of the class in the file is that of the package which wrote it."""
+        t = quantize_mx(randn(2, 40))
+        stored = pickle.dumps(t, protocol=2).replace(b"cquantization.mx\n", b"ctetrajet.mx\n")
+        assert b"tetrajet" in stored and pickle.loads(stored) == t
+        assert {"quantization.mx.rebuild_mx", "tetrajet.mx.rebuild_mx"} <= set(_get_user_allowed_globals())
+
+    def test_a_safetensors_file_keeps_it_beside_other_tensors(self, tensor, randn, tmp_path):
+        bias = randn(5)
+        save_mx(tmp_path / "w.safetensors", {"w": tensor, "bias": bias})
+        loaded = load_mx(tmp_path / "w.safetensors", tensor.device)
+        assert loaded.keys() == {"w", "bias"} and torch.equal(loaded["bias"], bias)
+        assert loaded["w"] == tensor and loaded["w"].codes.stride() == tensor.codes.stride()
+
+    def test_a_file_of_something_else_is_refused(self, randn, tmp_path):
+        path = tmp_path / "w.safetensors"
+        save_file({"w": randn(3)}, path)
+        with pytest.raises(ValueError, match="must be a file of save_mx"):
+            load_mx(path)
+        path.write_bytes(b"no file")
+        with pytest.raises(ValueError, match="must be a file of save_mx"):
+            load_mx(path)
+        with pytest.raises(ValueError, match="names in a file must differ, got w.codes twice"):
+            save_mx(path, {"w": quantize_mx(randn(3)), "w.codes": randn(3)})
+
+    def test_parts_that_do_not_fit_are_refused(self, device):
+        t = quantize_mx(torch.ones(2, 40, device=device))
+        with pytest.raises(ValueError, match=r"codes must have the shape \(2, 32\).* got \(2, 20\)"):
+            MXTensor(t.codes, t.scales, (2, 64), 1, "e2m1")
+        with pytest.raises(ValueError, match=r"scales must have the shape \(2, 2\).* got \(2, 1\)"):
+            MXTensor(t.codes, t.scales[:, :1], (2, 40), 1, "e2m1")
+        with pytest.raises(TypeError, match="scales must be torch.float8_e8m0fnu, got torch.uint8"):
+            MXTensor(t.codes, t.scales.view(torch.uint8), (2, 40), 1, "e2m1")
+        with pytest.raises(ValueError, match="axis must lie in"):
+            MXTensor(t.codes, t.scales, (2, 40), 2, "e2m1")
