@@ -1,7 +1,7 @@
 """MXFP4 training: number formats, quantizers, the linear layer, measures of oscillation, remedies, and INT4.
 
-This package knows nothing of data sets, parses no command line, and knows of models only what `families/` says. A file
-imports only from files that are listed before it, and the same holds for the folders:
+This package knows nothing of data sets, parses no command line but that of `export/`, and knows of models only what
+`families/` says. A file imports only from files that are listed before it, and the same holds for the folders:
 
     shared_name             one set of modules for the names `quantization` and `tetrajet`
     formats, recipe         number formats; the choice of quantizers for a layer
@@ -20,12 +20,15 @@ imports only from files that are listed before it, and the same holds for the fo
     measures/               latent weights; path lengths and oscillation ratios
     optim/                  counts of steps; Q-Ramping's optimizer and detection
     remedies/               what a remedy for oscillation is; one file for each of them
+    export/                 trained models in the formats of other libraries, and `load`
 """
 
 from .averages import lerp_unless
 from .baselines.int4 import Int4Linear, initialise_steps
 from .coverage import Coverage, Status, coverage
 from .create import create_model
+from .export.load import load
+from .export.writing import export_model
 from .formats import Element, Rounding, Scaling
 from .linear import QuantLinear
 from .matmul import Matmul, has_fp8, take_lost_groups
@@ -105,11 +108,13 @@ __all__ = [
     "copy_precision",
     "create_model",
     "detect_oscillation",
+    "export_model",
     "has_fp8",
     "histogram",
     "initialise_steps",
     "latent_weight",
     "lerp_unless",
+    "load",
     "load_mx",
     "oscillates",
     "plain_rounding",

@@ -98,7 +98,7 @@ class MXTensor:
         return f"MXTensor(shape={tuple(self.shape)}, {where}, {self.nbytes:,} bytes)"
 
     def __reduce__(self) -> tuple:
-        # PyTorch's restricted unpickler reads no tensor of float8_e8m0fnu.
+        # Outside of torch.save, PyTorch cannot unpickle a tensor of float8_e8m0fnu.
         scale_bytes = self.scales.view(torch.uint8)
         return rebuild_mx, (self.codes, scale_bytes, tuple(self.shape), self.axis, self.element.value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -197,3 +198,38 @@ RECIPES: dict[str, Recipe | Int4Recipe] = {
 }
 """Named recipes. `mxfp4` and `tetrajet` are one recipe; `microscaling` is the paper's baseline (Eq. 6-7): floor
 scaling, nearest rounding also in the backward pass, and Q4 and Q6 that read W and X; `int4` is its INT4 baseline."""
+
+
+def changed_recipe(
+    name: str,
+    quantizers: Iterable[str] | None = None,
+    backward_rounding: str | None = None,
+    backward_operands: str | None = None,
+    scaling: str | None = None,
+    forward_element: str | None = None,
+    backward_element: str | None = None,
+) -> Recipe | Int4Recipe:
+    """The recipe of this name, with the changes that the options of main.py of these names ask for.
+
+    None leaves what the recipe has; INT4's has nothing that can be changed.
+    """
+    recipe = RECIPES[name]
+    if isinstance(recipe, Int4Recipe):
+        return recipe
+    if quantizers is not None:
+        recipe = recipe.with_only(quantizers)
+    if backward_operands is not None:
+        recipe = replace(recipe, double=backward_operands == "double")
+    for names, change, value in (
+        (BACKWARD, "rounding", backward_rounding),
+        (QUANTIZERS, "scaling", scaling),
+        (FORWARD, "element", forward_element),
+        (BACKWARD, "element", backward_element),
+    ):
+        if value is not None:
+            recipe = recipe.with_quantizers(names, **{change: value})
+    return recipe
+
+
+RECIPE_CHANGES = tuple(inspect.signature(changed_recipe).parameters)[1:]
+"""The options of main.py that change a recipe."""

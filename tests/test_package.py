@@ -27,13 +27,17 @@ for name in names:
     importlib.import_module(name)
 print(len(names), torch.float4_e2m1fn_x2 is not None)
 
-model = tetrajet.create_model("vit_tiny_patch16_224", tetrajet.Recipe(), depth=1, img_size=32, num_classes=3)
+name, options = "deit_tiny_patch16_224", {"depth": 1, "img_size": 32, "num_classes": 3}
+model = tetrajet.create_model(name, tetrajet.Recipe(), **options)
 optimizer = tetrajet.RampingAdamW(model.parameters(), lr=1e-3)
 images = torch.randn(4, 3, 32, 32)
 before = model.blocks[0].mlp.fc1.weight.clone()
 torch.nn.functional.cross_entropy(model(images), torch.tensor([0, 1, 2, 0])).backward()
 optimizer.step()
 assert not torch.equal(before, model.blocks[0].mlp.fc1.weight)
+tetrajet.export_model(model.eval(), sys.argv[3] + "/exported", "compressed-tensors", name, **options)
+with torch.no_grad():
+    assert torch.equal(tetrajet.load(sys.argv[3] + "/exported")(images), model(images))
 
 import quantization  # another project's: it lies on the path
 assert quantization.NAME == "theirs"
@@ -68,7 +72,7 @@ def test_the_wheel_holds_one_package_with_every_file(wheel):
 
 
 def test_it_works_without_this_repository_beside_packages_of_the_names_used_here(wheel, tmp_path):
-    """Every subpackage imports, a stock model trains, and another project's `quantization` stays what it is."""
+    """Every subpackage imports; a stock DeiT trains, is exported and loads; another `quantization` stays what it is."""
     for name, own in (("datasets", "not ours"), ("quantization", "theirs")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"NAME = {own!r}\n")

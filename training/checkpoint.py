@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from quantization.export.trained import FORMAT, VERSION
 from quantization.reference import NUMERICS
 from runtime import processes, sharding
 from runtime.errors import UserError
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from engine import EpochSums
     from quantization import Remedies
 
-FORMAT = "tetrajet-checkpoint"
-VERSION = 2
 LAST, BEST = LAST_CHECKPOINT, BEST_CHECKPOINT
 EARLIER = re.compile(r"earlier_checkpoint_([1-9]\d*)\.pth")  # 1 is the one before the last
 PARTS = ("identity", "model", "optimizer", "scheduler", "epoch", "best_acc1", "rng", "sums", "more", "within")

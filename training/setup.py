@@ -30,9 +30,6 @@ from datasets import (
 )
 from engine import EpochSums, TrainStep, autocast, evaluate
 from quantization import (
-    BACKWARD,
-    FORWARD,
-    QUANTIZERS,
     RECIPES,
     REMEDIES,
     Coverage,
@@ -46,6 +43,7 @@ from quantization import (
     uses_fp8,
 )
 from quantization.formats import GROUP_SIZE
+from quantization.recipe import RECIPE_CHANGES, changed_recipe
 from runtime import processes, sharding
 from runtime.errors import NonFiniteSteps, UserError
 from runtime.files import exclusive
@@ -107,22 +105,7 @@ class Setup:
 
 def build_recipe(precision: LowPrecisionOptions) -> Recipe | Int4Recipe:
     """The named recipe with the changes that the options ask for."""
-    recipe = RECIPES[precision.quant]
-    if isinstance(recipe, Int4Recipe):
-        return recipe
-    if precision.quantizers is not None:
-        recipe = recipe.with_only(precision.quantizers)
-    if precision.backward_operands is not None:
-        recipe = replace(recipe, double=precision.backward_operands == "double")
-    for names, change, value in (
-        (BACKWARD, "rounding", precision.backward_rounding),
-        (QUANTIZERS, "scaling", precision.scaling),
-        (FORWARD, "element", precision.forward_element),
-        (BACKWARD, "element", precision.backward_element),
-    ):
-        if value is not None:
-            recipe = recipe.with_quantizers(names, **{change: value})
-    return recipe
+    return changed_recipe(precision.quant, **{name: getattr(precision, name) for name in RECIPE_CHANGES})
 
 
 def build_remedies(options: Options, loaders: Loaders) -> Remedies:

@@ -24,6 +24,9 @@ ORDER = (
     *("measures.latent", "measures.oscillation"),
     *("optim.step_count", "optim.rewound", "optim.ramping"),
     *("remedies.base", "remedies.nagel_schedule", *(f"remedies.{name}" for name in REMEDIES)),
+    *("export.description", "export.trained", "export.packing", "export.stored_weight"),
+    *("export.compressed_file", "export.torchao_file", "export.onnx_file"),
+    *("export.writing", "export.load", "export.__main__"),
 )
 
 
