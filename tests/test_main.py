@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -176,6 +177,10 @@ class TestTraining:
         assert {"timestamp", "datetime", "elapsedtime", "type"} <= records[1].keys()
         assert list(Path("out/tensorboard").glob("events.*"))
         assert Path("out/checkpoint.pth").is_file() and Path("out/best_checkpoint.pth").is_file()
+        assert records[0]["data"]["command"] == shlex.join(sys.orig_argv)
+        page = Path("out/report.html").read_text()
+        best = max(line["test_acc1"] for line in log)
+        assert "<td>2 of 2</td>" in page and f"<th>best top-1</th><td>{best:.2f} %</td>" in page
 
     @pytest.mark.parametrize("name", RESUMED)
     def test_resume_repeats_an_uninterrupted_run_bit_for_bit(self, name, interrupted_in_epoch, capsys):

@@ -3,4 +3,5 @@
 LOG = "log.txt"
 DLLOGGER = "dllogger.json"
 TENSORBOARD = "tensorboard"
+REPORT = "report.html"
 LAST_CHECKPOINT, BEST_CHECKPOINT = "checkpoint.pth", "best_checkpoint.pth"

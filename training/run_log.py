@@ -1,4 +1,5 @@
-"""Writes a run's numbers to log.txt, oscillation.csv, TensorBoardX events, DLLogger's JSON lines and the terminal."""
+"""Writes a run's numbers to log.txt, oscillation.csv, TensorBoardX events, DLLogger's JSON lines, report.html, and says
+them on the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from runtime.errors import UserError
 from runtime.files import replacing
 from tracking import oscillation_csv
 from tracking.oscillation_csv import Measure, Row
-from training.run_files import DLLOGGER, LOG, TENSORBOARD
+from training import report
+from training.run_files import DLLOGGER, LOG, REPORT, TENSORBOARD
 
 
 def json_line(value: dict[str, object]) -> str:
@@ -44,13 +46,14 @@ class RunLog:
         self.directory = directory
         self._active = processes.is_main()
         if self._active:
+            report.check_target(directory / REPORT)
             _drop_epochs(directory / LOG, epoch)
             self._events = SummaryWriter(str(directory / TENSORBOARD), purge_step=epoch)
             self._dllogger = _dllogger(directory / DLLOGGER)
             self._dllogger("PARAMETER", parameters)
 
     def epoch(self, numbers: dict[str, float]) -> None:
-        """One line in log.txt and in dllogger.json, and a point on every TensorBoard curve."""
+        """One line in log.txt and in dllogger.json, a point on every TensorBoard curve, and report.html anew."""
         if not self._active:
             return
         with open(self.directory / LOG, "a", encoding="utf-8") as file:
@@ -61,6 +64,7 @@ class RunLog:
                 self._events.add_scalar(name, value, epoch)
         self._dllogger([epoch], numbers)
         self._events.flush()
+        report.write(self.directory / REPORT, [report.read_run(self.directory)])
 
     def oscillation(self, rows: list[Row]) -> None:
         """Write one epoch's measurements as lines of oscillation.csv, TensorBoard curves and histograms."""

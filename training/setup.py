@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -45,6 +47,7 @@ from quantization import (
 from quantization.formats import GROUP_SIZE
 from quantization.recipe import RECIPE_CHANGES, changed_recipe
 from runtime import processes, sharding
+from runtime.environment import environment
 from runtime.errors import NonFiniteSteps, UserError
 from runtime.files import exclusive
 from runtime.interrupts import Interrupts
@@ -66,6 +69,7 @@ from training.models import (
 )
 from training.optimizer import build_optimizer, build_scheduler
 from training.options import FIELDS, SAME_ON_RESUME, LowPrecisionOptions, Options, flag
+from training.report import COMMAND, ENVIRONMENT
 from training.run_log import RunLog, json_line
 from training.weights import Weights, fit_weights, load_weights, read_weights
 
@@ -358,9 +362,11 @@ def run_to_the_end(training: Training, log: RunLog, directory: Path) -> None:
 
 
 def log_parameters(options: Options) -> dict[str, object]:
-    """The options and versions, as the log has them."""
+    """The options, the versions, the machine and the command, as the log has them."""
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in options.flat().items()}
-    return settings | {"torch": torch.__version__, "timm": timm.__version__}
+    where = {"processes": str(options.num_processes)} | environment(options.run.device == "cuda")
+    known = {ENVIRONMENT: where, COMMAND: shlex.join(sys.orig_argv)}
+    return settings | {"torch": torch.__version__, "timm": timm.__version__} | known
 
 
 def build_training(setup: Setup, identity: dict, directory: Path, from_start: bool) -> Training:
