@@ -146,7 +146,7 @@ PLOTS = (
         _of_csv(("weights", Measure.RATE_WEIGHT), ("quantized weights", Measure.RATE_QUANTIZED))
         | _of_csv(("outputs of blocks", Measure.RATE_OUTPUT)),
     ),
-    Plot("Oscillating weights", "share of weights, 0 to 1", _of_csv(("oscillating", Measure.OSCILLATING))),
+    Plot("Oscillating weights", "share, 0 to 1", _of_csv(("oscillating", Measure.OSCILLATING))),
     Plot("Quantization confidence", "mean, 0 to 1", _of_csv(("confidence", Measure.CONFIDENCE))),
 )
 

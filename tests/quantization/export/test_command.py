@@ -153,14 +153,24 @@ def test_a_missing_library_is_named_and_nothing_stays(trained, refused, monkeypa
 
 
 class TestTheLibrary:
-    def test_a_model_in_memory_is_exported_and_loaded(self, tmp_path, assert_same_bits):
-        model = create_model("vit_tiny_patch16_224", Recipe(), **SMALL).eval()
+    @pytest.mark.parametrize(
+        ("name", "options", "layers"),
+        [
+            ("vit_tiny_patch16_224", SMALL, 4),
+            ("beit_base_patch16_224", {name: value for name, value in SMALL.items() if name != "img_size"}, 4),
+            ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "num_heads": (3, 6), "num_classes": 3}, 9),
+        ],
+    )
+    def test_a_model_in_memory_is_exported_and_loaded(self, name, options, layers, tmp_path, assert_same_bits):
+        """Of several families; BEiT's attention is one that is made to call its linears."""
+        model = create_model(name, Recipe(), **options).eval()
         (tmp_path / "empty").mkdir()
-        packed = export_model(model, tmp_path / "empty", "compressed-tensors", "vit_tiny_patch16_224", **SMALL)
-        images = torch.linspace(-2, 2, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+        packed = export_model(model, tmp_path / "empty", "compressed-tensors", name, **options)
+        size = options.get("img_size", 224)
+        images = torch.linspace(-2, 2, 2 * 3 * size * size).view(2, 3, size, size)
         with torch.no_grad():
             assert_same_bits(load(tmp_path / "empty")(images), model(images))
-        assert len(packed.weights) == 4 and not [path for path in tmp_path.iterdir() if path.name != "empty"]
+        assert len(packed.weights) == layers and not [path for path in tmp_path.iterdir() if path.name != "empty"]
 
     @pytest.mark.parametrize(
         ("layers", "message"),
