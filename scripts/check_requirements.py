@@ -1,4 +1,7 @@
-"""Exit 0 if this Python has everything in requirements.txt, new enough; else name what is missing and exit 1."""
+"""Exit 0 if this Python has what a file of requirements asks for; else name what is missing and exit 1.
+
+python scripts/check_requirements.py FILE [--quiet]
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def problems(requirements: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    missing = problems(Path(__file__).resolve().parent.parent / "requirements.txt")
+    missing = problems(Path(sys.argv[1]))
     if missing and "--quiet" not in sys.argv:
         print("\n".join(missing), file=sys.stderr)
     sys.exit(bool(missing))

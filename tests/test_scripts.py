@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from reproduction.protocols import PROTOCOLS
 
@@ -118,6 +120,41 @@ def test_reproduction_finds_a_relative_data_path_and_gets_all_arguments(started,
     images = str(tmp_path / "here" / "images")
     assert started("reproduce.sh", "table1", "a b", DATA_PATH="images") == [images, "table1", "a b"]
     assert started("reproduce.sh", "--list") == ["None", "--list"]
+
+
+def named_in(file: str) -> dict[str, SpecifierSet]:
+    lines = (line.partition("#")[0].strip() for line in (REPOSITORY / file).read_text("utf-8").splitlines())
+    return {found.name: found.specifier for found in map(Requirement, filter(None, lines))}
+
+
+def test_ci_pins_a_version_of_every_requirement_within_its_bounds():
+    pinned, wanted = named_in("requirements-ci.txt"), named_in("requirements.txt")
+    versions = {name: str(specifier).removeprefix("==") for name, specifier in pinned.items()}
+    assert all(str(specifier) == f"=={versions[name]}" for name, specifier in pinned.items())
+    assert wanted.keys() <= pinned.keys() and all(wanted[name].contains(versions[name]) for name in wanted)
+    assert {"compressed-tensors", "torchao", "onnx", "onnxruntime"} <= pinned.keys()
+    assert "REQUIREMENTS=requirements-ci.txt" in (REPOSITORY / ".ci" / "run").read_text("utf-8")
+    project = (REPOSITORY / "pyproject.toml").read_text("utf-8")
+    for name in ("torch", "timm", "numpy"):  # the package has the bounds of the program
+        assert f'"{name}{wanted[name]}"' in project
+
+
+def test_setup_takes_the_file_of_requirements_that_it_is_given(tmp_path):
+    """An environment that has the given file's packages is left alone; a file that is missing is named."""
+    shutil.copytree(REPOSITORY / "scripts", tmp_path / "scripts")
+    (tmp_path / "requirements.txt").write_text("no-such-package\n")
+    (tmp_path / "mine.txt").write_text("pytest\n")
+    prefix = Path(sys.executable).parent
+    env = os.environ | {"PATH": f"{prefix}:{os.environ['PATH']}", "VIRTUAL_ENV": str(prefix.parent)}
+    results = {
+        name: subprocess.run(
+            ["bash", "scripts/setup.sh"], cwd=tmp_path, env=env | {"REQUIREMENTS": name}, capture_output=True, text=True
+        )
+        for name in ("mine.txt", "none.txt")
+    }
+    assert results["mine.txt"].returncode == 0 and not (tmp_path / ".venv").exists(), results["mine.txt"].stderr
+    assert results["none.txt"].returncode == 2
+    assert "REQUIREMENTS must be a file of the repository, got none.txt" in results["none.txt"].stderr
 
 
 def test_requirements_that_are_not_met_are_named(tmp_path, monkeypatch):

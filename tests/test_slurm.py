@@ -60,7 +60,7 @@ def job(tmp_path, port):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     shutil.copytree(SCRIPTS, tmp_path / "scripts")
-    shutil.copy(SCRIPTS.parent / "requirements.txt", tmp_path)
+    (tmp_path / "requirements.txt").write_text("torch\n")
     (tmp_path / "main.py").write_text(TRAINING)
     bin_of_python = Path(sys.executable).parent
     env = os.environ | {
