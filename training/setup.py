@@ -45,7 +45,7 @@ from quantization import (
     uses_fp8,
 )
 from quantization.formats import GROUP_SIZE
-from quantization.recipe import RECIPE_CHANGES, changed_recipe
+from quantization.recipe import changed_recipe
 from runtime import processes, sharding
 from runtime.environment import environment
 from runtime.errors import NonFiniteSteps, UserError
@@ -109,7 +109,15 @@ class Setup:
 
 def build_recipe(precision: LowPrecisionOptions) -> Recipe | Int4Recipe:
     """The named recipe with the changes that the options ask for."""
-    return changed_recipe(precision.quant, **{name: getattr(precision, name) for name in RECIPE_CHANGES})
+    return changed_recipe(
+        precision.quant,
+        quantizers=precision.quantizers,
+        backward_rounding=precision.backward_rounding,
+        backward_operands=precision.backward_operands,
+        scaling=precision.scaling,
+        forward_element=precision.forward_element,
+        backward_element=precision.backward_element,
+    )
 
 
 def build_remedies(options: Options, loaders: Loaders) -> Remedies:
