@@ -21,6 +21,7 @@ from quantization.recipe import RECIPE_CHANGES, changed_recipe
 SMALL = {"depth": 1, "embed_dim": 64, "num_heads": 2, "img_size": 32, "num_classes": 3}
 
 
+SMALL_SWIN = {"depths": (1, 1), "num_heads": (3, 6), "img_size": 56, "num_classes": 3}
 PLAIN = ("--quant", "microscaling")
 
 
@@ -158,7 +159,7 @@ class TestTheLibrary:
         [
             ("vit_tiny_patch16_224", SMALL, 4),
             ("beit_base_patch16_224", {name: value for name, value in SMALL.items() if name != "img_size"}, 4),
-            ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "num_heads": (3, 6), "num_classes": 3}, 9),
+            ("swin_tiny_patch4_window7_224", SMALL_SWIN, 9),
         ],
     )
     def test_a_model_in_memory_is_exported_and_loaded(self, name, options, layers, tmp_path, assert_same_bits):
