@@ -22,9 +22,17 @@ class Mlp(nn.Module):
         return x + self.fc2(self.act(self.fc1(x)))
 
 
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((got - wanted).float().norm() / wanted.float().norm()).item()
+
+
 @pytest.mark.parametrize(("recipe", "matmul"), [(Recipe(), "fp8"), (Recipe().with_q_ema(), "bf16")])
 def test_compiled_layers_draw_the_same_bits(recipe, matmul, randn, device):
-    """`aot_eager` runs the very graph that the compiler gets, operation by operation, so equality is exact."""
+    """`aot_eager` runs the very graph that the compiler gets, operation by operation.
+
+    GELU's gradient is one kernel in eager mode and several operations in the graph, so dY may differ in its last bit.
+    Where it lies beside a threshold, its rounding flips by the same draw. Other draws move the gradients by 28 %.
+    """
     torch.manual_seed(0)
     model = Mlp(recipe).to(device)
     set_matmul(model, matmul)
@@ -43,9 +51,9 @@ def test_compiled_layers_draw_the_same_bits(recipe, matmul, randn, device):
             outputs += [y, *(p.grad for p in model.parameters())]
         results.append(outputs)
     for eager, graph in zip(*results):
-        assert torch.allclose(eager.float(), graph.float(), rtol=2**-7, atol=1e-6)
+        assert relative_error(graph, eager) < 0.03
     assert torch.equal(results[0][0], results[1][0])
-    assert not torch.equal(results[1][1], results[1][6])
+    assert relative_error(results[1][1], results[1][6]) > 0.2  # the second pass has other keys
     assert list(model.state_dict()) == names
 
 
