@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 import data
-from data.base import DATA_SETS, SMALL_DATA, BadImages, DataConfig, DataSet, Preprocessing
+from data.augmentation.images import BatchAugmentation
+from data.base import DATA_SETS, SMALL_DATA, AugmentOn, BadImages, DataConfig, DataSet, Preprocessing
 from data.epoch_order import EpochBatches, PlannedBatches
+from data.feed import Feed
+from data.host_part import HostPart
 from data.image_files import ImageFiles, ImageFilesLoader, take_bad_images
-from data.transforms import RAND_AUGMENT, build_transform
+from data.transforms import RAND_AUGMENT, build_host_part, build_transform
 from runtime import processes
 from runtime.errors import UserError
 from runtime.interrupts import leave_to_parent
@@ -25,6 +28,7 @@ __all__ = [
     "DATA_SETS",
     "RAND_AUGMENT",
     "SMALL_DATA",
+    "AugmentOn",
     "BadImages",
     "DataConfig",
     "DataSet",
@@ -44,27 +48,34 @@ for _module in pkgutil.iter_modules(data.__path__):  # each enters its data sets
 
 @dataclass(frozen=True)
 class Loaders:
-    """A run's loaders. Each serves batches (images, labels): fp32 [B, 3, height, width] and int64 [B]."""
+    """A run's loaders. Each serves batches (images, labels): fp32 [B, 3, height, width] and int64 [B].
 
-    train: DataLoader | None
+    Batches are on the CPU, or on the device if images are augmented there.
+    """
+
+    train: DataLoader | Feed | None
     """None for an evaluation, like `calibration`."""
-    val: DataLoader
+    val: DataLoader | Feed
     """The held-out images, in order, divided among the processes."""
-    calibration: DataLoader | None
+    calibration: DataLoader | Feed | None
     """The training set in an order of its own, for Q-Ramping's detection."""
     num_classes: int
     classes: tuple[str, ...] | None = None
     """The classes' names in the order of their labels, where the data set has them."""
 
 
-def build_loaders(config: DataConfig) -> Loaders:
-    """Training, held-out and calibration loaders. Raises UserError for data that is missing or does not fit."""
+def build_loaders(config: DataConfig, device: torch.device | None = None) -> Loaders:
+    """Training, held-out and calibration loaders. Raises UserError for data that is missing or does not fit.
+
+    `device` is where images are augmented if that is by the batch (default: the CPU).
+    """
+    device = torch.device("cpu") if device is None else device
     train = None if config.held_out_only else _open(config, training=True)[0]
     val, num_classes = _open(config, training=False)
     val_share = Subset(val, range(processes.rank(), len(val), processes.world_size()))
-    classes = tuple(val.classes) if isinstance(val, ImageFiles) else None
+    classes = tuple(_split(val).classes) if isinstance(_split(val), ImageFiles) else None
     if config.held_out_only:
-        return Loaders(None, _loader(val_share, config), None, num_classes, classes)
+        return Loaders(None, _loader(val_share, config, device), None, num_classes, classes)
     sampler_options = {"num_replicas": processes.world_size(), "rank": processes.rank(), "shuffle": True}
 
     def train_loader() -> DataLoader:
@@ -74,7 +85,7 @@ def build_loaders(config: DataConfig) -> Loaders:
         else:
             sampler = DistributedSampler(train, **sampler_options)
         batches = EpochBatches(sampler, config.batch_size, drop_last=not config.keep_last_batch)
-        return _loader(PlannedBatches(train), config, batch_sampler=batches)
+        return _loader(PlannedBatches(train), config, device, batch_sampler=batches)
 
     loader = train_loader()
     if len(loader) == 0:
@@ -82,10 +93,10 @@ def build_loaders(config: DataConfig) -> Loaders:
             f"an epoch must hold at least one batch: {config.name} gives {len(loader.batch_sampler.sampler)} training "
             f"images to a process, --batch-size is {config.batch_size}; lower --batch-size or --repeats"
         )
-    return Loaders(loader, _loader(val_share, config), train_loader(), num_classes, classes)
+    return Loaders(loader, _loader(val_share, config, device), train_loader(), num_classes, classes)
 
 
-def set_epoch(loader: DataLoader, config: DataConfig, epoch: int, first: int = 0) -> None:
+def set_epoch(loader: DataLoader | Feed, config: DataConfig, epoch: int, first: int = 0) -> None:
     """Make the order of a training loader, and its augmentation, a function of the seed and `epoch`.
 
     The loader then begins with batch `first` of the epoch; it and the later batches are the same for every `first`.
@@ -97,25 +108,35 @@ def set_epoch(loader: DataLoader, config: DataConfig, epoch: int, first: int = 0
 def fingerprint(config: DataConfig, loaders: Loaders) -> str:
     """Identifies the content of the training and the held-out split. Checkpoints hold it, and resuming compares it."""
     # Each loader wraps its split once: in PlannedBatches or in a Subset.
-    splits = (loader.dataset.dataset for loader in (loaders.train, loaders.val))
+    splits = (_split(loader.dataset.dataset) for loader in (loaders.train, loaders.val))
     return " + ".join(DATA_SETS[config.name].fingerprint(split) for split in splits)
+
+
+def _split(dataset: Dataset) -> Dataset:
+    """The split as its data set opened it."""
+    return dataset.dataset if isinstance(dataset, HostPart) else dataset
 
 
 def _open(config: DataConfig, training: bool) -> tuple[Dataset, int]:
     data_set = DATA_SETS[config.name]
-    return data_set.open(config, build_transform(config, data_set, training), training)
+    split, num_classes = data_set.open(config, build_transform(config, data_set, training), training)
+    if config.augment_on is AugmentOn.GPU:
+        split = HostPart(split, *build_host_part(config, data_set, training))
+    return split, num_classes
 
 
 def _loader(
-    dataset: PlannedBatches | Subset, config: DataConfig, batch_sampler: EpochBatches | None = None
-) -> DataLoader:
+    dataset: PlannedBatches | Subset,
+    config: DataConfig,
+    device: torch.device,
+    batch_sampler: EpochBatches | None = None,
+) -> DataLoader | Feed:
     """A loader in the order of `batch_sampler`; without one in the order of the data set."""
     options = {"batch_size": config.batch_size} if batch_sampler is None else {"batch_sampler": batch_sampler}
     split = dataset.dataset
     if isinstance(dataset, PlannedBatches) or hasattr(split, "__getitems__"):  # which serve whole batches
         options["collate_fn"] = _as_it_is
-    loader = ImageFilesLoader if isinstance(split, ImageFiles) else DataLoader
-    return loader(
+    loader = (ImageFilesLoader if isinstance(split, (ImageFiles, HostPart)) else DataLoader)(
         dataset,
         num_workers=config.num_workers,
         pin_memory=torch.cuda.is_available(),
@@ -123,6 +144,9 @@ def _loader(
         worker_init_fn=leave_to_parent,
         **options,
     )
+    if not isinstance(split, HostPart):
+        return loader
+    return Feed(loader, device, BatchAugmentation(config.preprocessing))
 
 
 def _as_it_is(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from data.feed import Feed
 from data.image_files import LEFT_OUT
 from quantization import RampingAdamW, quant_linears, weights_quantized_once
 from quantization.shards import local
@@ -187,6 +188,8 @@ class EpochSums:
     """Over the steps that were not skipped: number of images, sum of losses, number of correct predictions."""
     skipped_steps: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
+    """Seconds for which the GPU waited for data."""
     lost_groups: int | Tensor = 0
     bad_images: int = 0
     extra: dict[str, float] = field(default_factory=dict)
@@ -203,7 +206,7 @@ class EpochSums:
 
 def train_one_epoch(
     step: TrainStep,
-    loader: DataLoader,
+    loader: DataLoader | Feed,
     epoch: int,
     num_epochs: int,
     after_step: Callable[[], None],
@@ -221,13 +224,15 @@ def train_one_epoch(
     sums.totals = sums.totals.to(step.device)
     step.skips.count = sums.skipped_steps
     start = time.perf_counter() - sums.seconds
-    with progress_bar(loader, f"epoch {epoch + 1}/{num_epochs}", sums.steps) as bar:
+    feed = Feed.of(loader, step.device)
+    with progress_bar(feed, f"epoch {epoch + 1}/{num_epochs}", sums.steps) as bar:
         for index, batch in enumerate(bar, start=sums.steps):
             step.place = f"epoch {epoch + 1}, step {index + 1}"
             loss, correct = step(batch)
             sums.steps += 1
             sums.images += len(batch[0])
             sums.seconds = time.perf_counter() - start
+            sums.waited += feed.take_waited()
             numbers = torch.stack((torch.ones_like(loss), loss, correct)).double()
             numbers[:2] *= len(batch[0])
             sums.totals += torch.where(step.skip > 0, 0, numbers)
@@ -237,17 +242,21 @@ def train_one_epoch(
                 seen = sums.images
                 speed = seen * processes.world_size() / (time.perf_counter() - start)
                 shown = f"loss {loss_mean:.4f}, acc {100 * share:.1f} %, {speed:.0f} img/s, lr {lr:.1e}"
+                if step.device.type == "cuda":
+                    shown += f", waited {100 * sums.waited / sums.seconds:.0f} % for data"
                 bar.set_postfix_str(shown, refresh=False)
         step.settle()
     seconds = time.perf_counter() - start
     seen = sums.images * processes.world_size()  # samplers give every process the same number
     counted, loss_sum, correct_sum, *_ = processes.all_reduce_sum(sums.totals.clone())
+    waited = {"waited_for_data": 100 * sums.waited / seconds} if step.device.type == "cuda" else {}
     return {
         "train_loss": float(loss_sum / counted),
         "train_acc1": float(100 * correct_sum / counted),
         "lr": lr,
         "img_per_s": seen / seconds,
         "skipped_steps": step.skips.count,
+        **waited,
     }
 
 
@@ -272,7 +281,7 @@ name."""
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict[str, float]:
+def evaluate(model: nn.Module, loader: DataLoader | Feed, device: torch.device) -> dict[str, float]:
     """The mean of each of `METRICS` over every image once, whatever the number of processes; accuracies in percent.
 
     Images labelled `LEFT_OUT` do not count.
@@ -281,9 +290,8 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
     totals = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=device)  # images, then each metric
     # Sharded weights are gathered by all processes together, so those with fewer batches make extra forward passes.
     missing = max(processes.gather(len(loader))) - len(loader) if is_sharded_model(model) else 0
-    with weights_quantized_once(model), progress_bar(loader, "evaluate") as bar:
-        for batch in bar:
-            images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+    with weights_quantized_once(model), progress_bar(Feed.of(loader, device), "evaluate") as bar:
+        for images, labels in bar:
             with autocast(device):
                 logits = model(images)
             sums = [measure(logits.float(), labels) for measure in METRICS.values()]
@@ -295,7 +303,7 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict
     return {name: value / seen for name, value in zip(METRICS, sums)}
 
 
-def progress_bar(loader: DataLoader | None, description: str, done: int = 0, total: int | None = None) -> tqdm:
+def progress_bar(loader: Feed | None, description: str, done: int = 0, total: int | None = None) -> tqdm:
     """A progress bar on the main process, over `loader` or over `total` steps, of which `done` are finished.
 
     If the output goes to a file, the bar prints a line every ten seconds.

@@ -46,6 +46,15 @@ class BadImages(str, Enum):
     """Training takes the next readable image in its place; a held-out image is left out."""
 
 
+class AugmentOn(str, Enum):
+    """The device that prepares images, after they were read."""
+
+    CPU = "cpu"
+    """Each image by itself, in the loader's processes."""
+    GPU = "gpu"
+    """Batches on the device that trains; the loader's processes decode, crop and resize."""
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes the model's input, beside augmentation. The defaults are ImageNet's and DeiT's."""
@@ -84,6 +93,7 @@ class DataConfig:
     """Turn an image file as its EXIF orientation says."""
     held_out_only: bool = False
     """Open no training split, which need not be there."""
+    augment_on: AugmentOn = AugmentOn.CPU
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,8 @@ class DataSet(ABC):
     needs_path: bool = True
     can_download: bool = False
     one_file_per_image: bool = False
+    has_pixels: bool = False
+    """The splits have `load_pixels` (`host_part.HasPixels`), which --augment-on gpu needs."""
     flip: float = 0.5
     """Probability of mirroring a training image."""
     padding: int = 4

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -18,13 +18,15 @@ from torchvision import datasets as tv_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.base import BadImages, DataConfig, DataSet, Transform, register
+from data.decode import ORIENTATION, Pixels, Reduction, read_pixels
+from data.feed import Feed
 from data.fingerprint import fingerprint_files
+from data.host_part import BadImage, HostBatch, Loaded
 from runtime import processes
 from runtime.errors import UserError
 
+Content = TypeVar("Content", Image.Image, Pixels)
 LEFT_OUT = -100  # label of a held-out image that does not count; it is cross_entropy's default for that
-ORIENTATION = 0x0112
-"""The tag of the orientation in EXIF."""
 BITS, PHOTOMETRIC = 258, 262
 """The tags of the bits of a pixel and of its meaning in a TIFF; the meaning 0 is that 0 is white (TIFF 6.0)."""
 TURNS = {
@@ -37,15 +39,6 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """The operation that makes an image upright, by its EXIF orientation (TIFF 6.0, tag Orientation); 1 needs none."""
-
-
-@dataclass(frozen=True)
-class BadImage:
-    """An image of a batch whose file could not be read. The next readable image took its place in the batch."""
-
-    path: str
-    tried: tuple[str, ...]
-    """Files between it and the next readable image, which could not be read either."""
 
 
 class FileBatch(NamedTuple):
@@ -70,7 +63,7 @@ class ImageFiles(tv_datasets.ImageFolder):
         self.passed_over: list[str] = []
         """Files without the suffix of an image, and links that lead back to a directory around them."""
         super().__init__(str(root), transform, loader=partial(read_image, upright=upright))
-        self.bad_images, self.training = bad_images, training
+        self.bad_images, self.training, self.upright = bad_images, training, upright
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         return find_classes(Path(directory))
@@ -102,12 +95,21 @@ class ImageFiles(tv_datasets.ImageFolder):
         images, labels = default_collate([(image, label) for image, label, _ in loaded])
         return FileBatch(images, labels, tuple(bad for _, _, bad in loaded if bad is not None))
 
+    def load_pixels(self, index: int, reduction: Reduction) -> Loaded:
+        """The image without a transform, for `HostPart`."""
+        return Loaded(*self._read(index, lambda path: read_pixels(path, self.loader, self.upright, reduction)))
+
     def _load(self, index: int) -> tuple[Tensor, int, BadImage | None]:
+        image, label, bad = self._read(index, self.loader)
+        return self.transform(image), label, bad
+
+    def _read(self, index: int, read: Callable[[str], Content]) -> tuple[Content, int, BadImage | None]:
+        """What `read` makes of the file, or of the next one that it can read."""
         unreadable: list[str] = []
         for used in chain(range(index, len(self.samples)), range(index)):
             path, label = self.samples[used]
             try:
-                image = self.loader(path)
+                content = read(path)
             except Exception as error:  # Decoding a damaged file may raise any exception.
                 if self.bad_images is BadImages.STOP:
                     raise UserError(
@@ -116,9 +118,8 @@ class ImageFiles(tv_datasets.ImageFolder):
                 unreadable.append(path)
                 continue
             if not unreadable:
-                return self.transform(image), label, None
-            bad = BadImage(unreadable[0], tuple(unreadable[1:]))
-            return self.transform(image), label if self.training else LEFT_OUT, bad
+                return content, label, None
+            return content, label if self.training else LEFT_OUT, BadImage(unreadable[0], tuple(unreadable[1:]))
         raise UserError(
             f"{self.root} must hold images, but none of its {len(self.samples):,} files is a readable one; replace them"
         )
@@ -192,7 +193,10 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
 
 
 class ImageFilesLoader(DataLoader):
-    """A loader of `ImageFiles`. It counts the bad images of its batches and serves (images, labels)."""
+    """A loader of `ImageFiles`. It counts the bad images of its batches and serves (images, labels).
+
+    Batches of a `HostPart` keep their draws: (images, labels, draws).
+    """
 
     def __init__(self, dataset: Dataset, **options) -> None:
         self.num_bad = 0
@@ -201,16 +205,17 @@ class ImageFilesLoader(DataLoader):
         """Paths of all files so far that could not be read."""
         super().__init__(dataset, **options)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple]:
         for batch in super().__iter__():
             for bad in batch.bad:
                 self.num_bad += 1
                 self.bad_paths.update((bad.path, *bad.tried))
-            yield batch.images, batch.labels
+            yield (batch.images, batch.labels, batch.draws) if isinstance(batch, HostBatch) else batch[:2]
 
 
-def take_bad_images(loader: DataLoader) -> tuple[int, set[str]]:
+def take_bad_images(loader: DataLoader | Feed) -> tuple[int, set[str]]:
     """The number of bad images in the batches since the last call, and the paths of all unreadable files so far."""
+    loader = loader.loader if isinstance(loader, Feed) else loader
     if not isinstance(loader, ImageFilesLoader):
         return 0, set()
     count, loader.num_bad = loader.num_bad, 0
@@ -222,6 +227,7 @@ class ImageFolders(DataSet):
     """train/ and val/ in --data-path, each with one folder per class."""
 
     one_file_per_image: bool = True
+    has_pixels: bool = True
 
     def open(self, config: DataConfig, transform: Transform, training: bool) -> tuple[ImageFiles, int]:
         root = self.directory(config)

@@ -21,8 +21,10 @@ from torch.utils.data import Dataset
 from torchvision import datasets as tv_datasets
 
 from data.base import SMALL_DATA, DataConfig, DataSet, Preprocessing, Transform, register
+from data.decode import Pixels, Reduction
 from data.fingerprint import fingerprint_arrays
 from data.fractals import fractal_images
+from data.host_part import Loaded
 from runtime import processes
 from runtime.errors import UserError
 
@@ -52,6 +54,11 @@ class ArrayImages(Dataset):
             return self.batch_transform(torch.from_numpy(self.images[indices])), labels
         images = (Image.fromarray(self.images[i]).convert("RGB") for i in indices)
         return torch.stack([self.transform(image) for image in images]), labels
+
+    def load_pixels(self, index: int, reduction: Reduction) -> Loaded:
+        """The image without a transform, for `HostPart`."""
+        image = Image.fromarray(self.images[index]).convert("RGB")
+        return Loaded(Pixels.of(image), int(self.labels[index]))
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class ShiftAndFlip:
 class InMemory(DataSet):
     """The code that the data sets below share. Their `open` reads the arrays of a split and hands them to `serve`."""
 
+    has_pixels: bool = True
     by_batch: bool = True
     """Transform whole batches where the augmentation is no more than a shift and a flip."""
     options: dict = field(default_factory=lambda: SMALL_DATA)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from torchvision import transforms as T
 
+from data.augmentation.draws import Drawer, UnknownAugmentation
+from data.augmentation.images import INTERPOLATIONS
 from data.base import DataConfig, DataSet, Transform
 from data.epoch_order import drawing_from
+from data.host_part import CentralCrop, Crop, RandomResizedCrop, ShiftedCrop, shorter_side
 from runtime.errors import UserError
 
 SMALL_IMAGE = 32  # up to this input size an image is cropped by a few pixels, not resized at random
@@ -50,13 +51,39 @@ def _training_transform(config: DataConfig, data_set: DataSet) -> T.Compose:
     return transform
 
 
+def build_host_part(config: DataConfig, data_set: DataSet, training: bool) -> tuple[Crop, Drawer | None]:
+    """The crop of a split's images, and what draws the rest of their augmentation; held-out images have no rest.
+
+    Raises UserError for what batches cannot have on a device.
+    """
+    size, how = config.input_size, config.preprocessing
+    if how.interpolation not in INTERPOLATIONS:
+        raise UserError(
+            f"--augment-on gpu resizes by {' or '.join(INTERPOLATIONS)} interpolation, this model's is "
+            f"{how.interpolation}; pass --augment-on cpu"
+        )
+    if not training:
+        squeezed = size <= SMALL_IMAGE or not data_set.crops_centre
+        return CentralCrop(size, None if squeezed else shorter_side(size, how.crop), how.interpolation), None
+    transform = _training_transform(config, data_set)
+    try:
+        drawer = Drawer.of(transform, size)
+    except UnknownAugmentation as error:
+        raise UserError(
+            f"--augment-on gpu augments batches, got --aa {config.aa}: {error}; pass --augment-on cpu"
+        ) from error
+    if size <= SMALL_IMAGE:
+        return ShiftedCrop(size, data_set.padding, how.interpolation), drawer
+    return RandomResizedCrop(transform.transforms[0], size, how.interpolation), drawer
+
+
 def _evaluation_transform(config: DataConfig, data_set: DataSet) -> T.Compose:
     size, how = config.input_size, config.preprocessing
     interpolation = T.InterpolationMode(how.interpolation)
     if size <= SMALL_IMAGE or not data_set.crops_centre:
         steps = [T.Resize((size, size), interpolation)]
     else:  # with DeiT's crop, the centre 224 of 256 pixels
-        steps = [T.Resize(math.floor(size / how.crop), interpolation), T.CenterCrop(size)]
+        steps = [T.Resize(shorter_side(size, how.crop), interpolation), T.CenterCrop(size)]
     return T.Compose([*steps, T.ToTensor(), T.Normalize(how.mean, how.std)])
 
 

@@ -47,6 +47,18 @@ def test_train_step_on_a_cpu_with_compiled_code(tmp_path):
     check_train_step(run_it_all, tmp_path)
 
 
+def test_input_on_a_cpu(tmp_path, run):
+    small = ["--models", "deit_micro_patch4_32", "--batch-size", "2", "--steps", "2", "--cpu-steps", "2"]
+    small += ["--workers", "1", "--device", "cpu", "--seconds", "0.01", "--csv", str(tmp_path / "input.csv")]
+    result = run("input.py", *small)
+    assert result.returncode == 0, result.stderr
+    rows = {row["what"]: float(row["value"]) for row in csv.DictReader(open(tmp_path / "input.csv"))}
+    assert {"decoding by torchvision", "transform on the CPU", "CPU part of gpu", "step alone"} <= rows.keys()
+    assert {f"{what}, {on}" for what in ("loader alone", "end to end") for on in ("cpu", "gpu")} <= rows.keys()
+    assert min(rows.values()) > 0 and "GPU part, ms" in rows
+    assert 60 < int(re.search(r"weight of a file \| (\d+) KB", result.stdout)[1]) < 100
+
+
 def check_train_step(run, tmp_path: Path) -> None:
     variants = ["bf16", "TetraJet", "TetraJet, reference", "TetraJet, graph"]
     variants += [f"TetraJet + {method}, compiled, graph" for method in ("Q-EMA", "Q-Ramping")]

@@ -38,6 +38,11 @@ def downloadable() -> list[str]:
     return [name for name, data_set in DATA_SETS.items() if data_set.can_download]
 
 
+def augments_batches(data_set: str, aa: str) -> bool:
+    """Return True if --augment-on gpu can do what the data set and --aa ask for."""
+    return DATA_SETS[data_set].has_pixels and not aa.startswith("augmix")
+
+
 def _in_files() -> list[str]:
     return [name for name, data_set in DATA_SETS.items() if data_set.one_file_per_image]
 
@@ -145,6 +150,13 @@ DATA_RULES = (
     Rule(
         lambda o: o.data.data_path is not None and not DATA_SETS[o.data.data_set].needs_path,
         lambda o: f"--data-path has no effect on --data-set {o.data.data_set}, which needs no files; drop it",
+    ),
+    Rule(
+        lambda o: o.data.augment_on == "gpu" and not augments_batches(o.data.data_set, o.data.aa),
+        lambda o: (
+            f"--augment-on gpu augments batches, which --data-set {o.data.data_set} with --aa {o.data.aa} "
+            "cannot have; pass --augment-on cpu"
+        ),
     ),
     Rule(
         lambda o: o.data.exif_orientation and not DATA_SETS[o.data.data_set].one_file_per_image,

@@ -23,7 +23,7 @@ from quantization.option_fields import below_one, choice, option, real, share, s
 from runtime.errors import UserError
 from tracking.oscillation_csv import FILE_NAME
 from training import checkpoint
-from training.option_rules import RULES, downloadable
+from training.option_rules import RULES, augments_batches, downloadable
 from training.weights import Weights
 
 EXIT_CODES = """exit codes: 0 done, 1 diverged, 2 something in the command must change, 130 interrupted,
@@ -162,6 +162,9 @@ class DataOptions:
     aa: str = with_own_default(RAND_AUGMENT, "timm's automatic augmentation, or none", str)
     color_jitter: float = with_own_default(0.3, "strength; --aa replaces it where that is on", real(0, 10))
     reprob: float = with_own_default(0.25, "probability of random erasing", share)
+    augment_on: str = choice(
+        "auto", "gpu: augment batches on the device that trains (default: where that is a GPU)", ["auto", "cpu", "gpu"]
+    )
     keep_last_batch: bool = switch(
         "train on the images that do not fill a batch, too; Mixup leaves them as they are if they do not pair off"
     )
@@ -271,7 +274,7 @@ RECIPE_OPTIONS = (
 NOT_FOR_EVALUATION = {
     *names_of(RunOptions),
     *names_of(DistillationOptions),
-    *("finetune", "pretrained", "weights", "download", "num_workers", "matmul", "track_oscillation"),
+    *("finetune", "pretrained", "weights", "download", "num_workers", "augment_on", "matmul", "track_oscillation"),
 }
 """Options whose values an evaluation does not take from a checkpoint."""
 
@@ -422,6 +425,9 @@ def _filled_in(given: dict[str, object], stored: dict[str, object]) -> dict[str,
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] - 1)
     if values["device"] == "auto":
         values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if values["augment_on"] == "auto":
+        can = augments_batches(values["data_set"], values["aa"])
+        values["augment_on"] = "gpu" if values["device"] == "cuda" and can else "cpu"
     return values
 
 

@@ -119,6 +119,8 @@ def _drop_epochs(path: Path, first: int) -> None:
             temporary.write_text("".join(kept), encoding="utf-8")
 
 
+MOST_WAITING = 10
+"""Percent of the time that a GPU may wait for data before the table says so."""
 TABLE_HEAD = f"{'epoch':>8} {'train loss':>11} {'test loss':>10} {'top-1 %':>8} {'top-5 %':>8} {'img/s':>8} {'lr':>8}"
 
 
@@ -132,6 +134,8 @@ def table_row(numbers: dict[str, float], epochs: int) -> str:
         row += f"   healed; quantized: {numbers['quantized_acc1']:.2f} %"
     if "oscillating" in numbers:
         row += f"   {numbers['oscillating']:.2f} % oscillate, mean period {numbers['mean_period']:.2f}"
+    if numbers.get("waited_for_data", 0) > MOST_WAITING:
+        row += f"   waited {numbers['waited_for_data']:.0f} % of the time for data: raise --num-workers"
     if numbers["lost_groups"]:
         row += f"   {numbers['lost_groups']:,} groups out of FP8's range became zero"
     if numbers["bad_images"]:

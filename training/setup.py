@@ -22,6 +22,7 @@ import timm
 from datasets import (
     CALIBRATION_ORDER,
     DATA_SETS,
+    AugmentOn,
     BadImages,
     DataConfig,
     Loaders,
@@ -80,15 +81,16 @@ OPTIMIZER, DATA, CLASSES = "optimizer", "data", "classes"
 def implied_identity(classes: tuple[str, ...] | None = None) -> dict[str, object]:
     """The values that an older checkpoint had of the settings which did not exist when it was written.
 
-    An option had its default, or None if it needs another option that is off by default. All images were normalized by
-    ImageNet's numbers, and all groups had 32 values. The classes' names were not stored; `classes` stands for them.
+    An option had its default, or None if it needs another option that is off by default. All images were augmented on
+    the CPU and normalized by ImageNet's numbers, and all groups had 32 values. The classes' names were not stored;
+    `classes` stands for them.
     """
     implied = {OPTIMIZER: "AdamW", CLASSES: classes, "mean": Preprocessing().mean, "std": Preprocessing().std}
     implied["group size"] = 32
     for name in SAME_ON_RESUME:
         f = FIELDS[name]
         implied[flag(name)] = None if f.metadata.get("needs") and "None" in f.type else f.default
-    return implied
+    return implied | {flag("augment_on"): AugmentOn.CPU.value}
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ def data_config(options: Options, input_size: int) -> DataConfig:
         preprocessing=preprocessing(options),
         exif_orientation=data.exif_orientation,
         held_out_only=options.run.eval,
+        augment_on=AugmentOn(data.augment_on),
     )
 
 
@@ -178,7 +181,7 @@ def prepare(options: Options, device: torch.device) -> Setup:
     """The data and the model on its device. Raises UserError for what does not fit."""
     input_size = options.data.input_size or model_input_size(options.model.model)
     data = data_config(options, input_size)
-    loaders = build_loaders(data)
+    loaders = build_loaders(data, device)
     if options.data.num_classes not in (None, loaders.num_classes):
         raise UserError(
             f"--num-classes {options.data.num_classes} does not fit the data, which has {loaders.num_classes} classes"

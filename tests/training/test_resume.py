@@ -110,7 +110,9 @@ def digest(directory: Path) -> str:
 
 def numbers(directory: Path) -> list[dict]:
     lines = [json.loads(line) for line in (directory / "log.txt").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "img_per_s"} for line in lines]
+    return [
+        {name: value for name, value in line.items() if name not in ("img_per_s", "waited_for_data")} for line in lines
+    ]
 
 
 def assert_same_run(whole: Path, parts: Path = Path("parts")) -> None:

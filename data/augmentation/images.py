@@ -2,8 +2,7 @@
 
 An operation is applied to all images of the batch that drew it at once, with an argument for each image. Values are
 those that Pillow gives, in its own arithmetic (libImaging's Geometry.c, Blend.c, BoxBlur.c, Filter.c and Convert.c, and
-ImageOps.py). On a CPU they are equal. On a GPU, whose compiler joins a product and a sum into one rounding, a value of
-a geometric operation may differ by one where the exact one is a whole number.
+ImageOps.py). On a GPU the kernels of `kernels.py` do the same in few launches.
 
 Shapes: B images of 3 channels and S x S pixels, of which N drew an operation.
 """
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.augment_draws import Draws, Operation
+from data.augmentation.draws import Draws, Operation
 from data.base import Preprocessing
 
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -59,6 +58,10 @@ def flip(images: Tensor, mirrored: Tensor) -> Tensor:
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """uint8 [B, 3, S, S] -> fp32, by the arithmetic of torchvision's ToTensor and Normalize."""
     mean, std = (_on(images, np.float32(v)).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    if images.is_cuda:
+        from data.augmentation import kernels  # Triton is imported where there is a GPU alone
+
+        return kernels.normalize(images, mean, std)
     return images.float().div_(255).sub_(mean).div_(std)
 
 
@@ -80,7 +83,14 @@ def erase(images: Tensor, draws: Draws) -> Tensor:
 def apply(
     images: Tensor, kinds: np.ndarray, arguments: np.ndarray, fill: tuple[int, ...], interpolation: str
 ) -> Tensor:
-    """One layer: each image of uint8 [B, 3, S, S] goes through its own operation, with its own argument."""
+    """One layer: each image of uint8 [B, 3, S, S] goes through its own operation, with its own argument.
+
+    Raises ValueError for an interpolation other than `INTERPOLATIONS`.
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation}")
+    if images.is_cuda:
+        return _apply_by_kernels(images, kinds, arguments, fill, interpolation)
 
     def warp_all(images: Tensor, kinds: np.ndarray, arguments: np.ndarray) -> Tensor:
         return warp(images, matrices(kinds, arguments, *images.shape[:1:-1]), fill, interpolation)
@@ -108,15 +118,33 @@ def apply(
     return images
 
 
+def _apply_by_kernels(
+    images: Tensor, kinds: np.ndarray, arguments: np.ndarray, fill: tuple[int, ...], interpolation: str
+) -> Tensor:
+    """The same on a GPU. Only the blur, which is in few policies, has no kernel."""
+    from data.augmentation import kernels
+
+    how = (fixed_tables(kinds, arguments), matrices(kinds, arguments, *images.shape[:1:-1]), fill)
+    changed = kernels.apply(images, kinds, arguments, *how, cubic=interpolation == "bicubic")
+    blurred = np.flatnonzero(kinds == Operation.BLUR)
+    if len(blurred):
+        where = _on(images, blurred)
+        changed.index_copy_(0, where, gaussian_blur(images[where], arguments[blurred]))
+    return changed
+
+
 def _on(images: Tensor, values: np.ndarray) -> Tensor:
     """The values on the device of `images`."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(images.device, non_blocking=True)
 
 
 def fixed_tables(kinds: np.ndarray, arguments: np.ndarray) -> np.ndarray:
-    """The tables of operations that do not look at the image: uint8 [N, 256] for the arguments [N]."""
+    """The tables of operations that do not look at the image: uint8 [N, 256] for the arguments [N].
+
+    Other operations have the table that changes nothing.
+    """
     values = np.arange(256)
-    tables = np.empty((len(kinds), 256), np.uint8)
+    tables = np.tile(values.astype(np.uint8), (len(kinds), 1))
     for i, (kind, argument) in enumerate(zip(kinds, arguments)):
         if kind == Operation.INVERT:
             tables[i] = 255 - values
@@ -126,7 +154,7 @@ def fixed_tables(kinds: np.ndarray, arguments: np.ndarray) -> np.ndarray:
             tables[i] = np.where(values < argument, values, 255 - values)
         elif kind == Operation.SOLARIZE_ADD:
             tables[i] = np.where(values < 128, np.minimum(values + int(argument), 255), values)
-        else:  # brightness blends with black
+        elif kind == Operation.BRIGHTNESS:  # blends with black
             tables[i] = (np.float32(argument) * values.astype(np.float32)).clip(0, 255).astype(np.uint8)
     return tables
 
@@ -138,10 +166,6 @@ def look_up(images: Tensor, tables: Tensor) -> Tensor:
 
 def histograms(images: Tensor) -> Tensor:
     """How often each image and channel has each value: int64 [N, 3, 256]."""
-    if images.is_cuda:
-        from data.augment_kernels import count_values
-
-        return count_values(images)
     count, channels = images.shape[:2]
     place = torch.arange(count * channels).view(count, channels, 1) * 256
     counts = torch.bincount((images.flatten(2).long() + place).flatten(), minlength=count * channels * 256)
@@ -229,12 +253,16 @@ def _box_weights(radius: float) -> np.ndarray:
 
 
 def matrices(kinds: np.ndarray, arguments: np.ndarray, width: int, height: int) -> np.ndarray:
-    """For each geometric operation, where a pixel comes from: fp64 [N, 6], x = a X + b Y + c and y = d X + e Y + f."""
+    """For each geometric operation, where a pixel comes from: fp64 [N, 6], x = a X + b Y + c and y = d X + e Y + f.
+
+    Other operations have the matrix that changes nothing.
+    """
     found = np.tile(np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]), (len(kinds), 1))
     places = {Operation.SHEAR_X: 1, Operation.TRANSLATE_X: 2, Operation.SHEAR_Y: 3, Operation.TRANSLATE_Y: 5}
     for matrix, kind, argument in zip(found, kinds, arguments):
-        if kind != Operation.ROTATE:
+        if kind in places:
             matrix[places[kind]] = argument
+        if kind != Operation.ROTATE:
             continue
         angle = -math.radians(argument % 360.0)
         cosine, sine = round(math.cos(angle), 15), round(math.sin(angle), 15)
@@ -246,14 +274,8 @@ def matrices(kinds: np.ndarray, arguments: np.ndarray, width: int, height: int) 
 def warp(images: Tensor, matrix: np.ndarray, fill: tuple[int, ...], interpolation: str) -> Tensor:
     """Each pixel of uint8 [N, 3, S, S] from where its image's row of `matrix` [N, 6] says; `fill` beyond the borders.
 
-    Bicubic interpolation is Pillow's, whose slope is -1 (Geometry.c). Raises ValueError for any but `INTERPOLATIONS`.
+    Bicubic interpolation is Pillow's, whose slope is -1 (Geometry.c).
     """
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation}")
-    if images.is_cuda:
-        from data.augment_kernels import warp as by_kernel
-
-        return by_kernel(images, _on(images, matrix), fill, interpolation == "bicubic")
     count, _, height, width = images.shape
     a, b, c, d, e, f = _on(images, matrix).view(count, 6, 1, 1).unbind(1)
     rows, columns = torch.arange(height).double().view(1, -1, 1) + 0.5, torch.arange(width).double() + 0.5

@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms as T
 
-from data.augment_draws import Drawer, Operation, UnknownAugmentation, crop_numbers, random_box
+from data.augmentation.draws import Drawer, Operation, UnknownAugmentation, crop_numbers, random_box
 from data.epoch_order import drawing_from
 
 SIZE = 224
@@ -31,7 +31,7 @@ def drawn(transform: T.Compose, count: int, seed: int = 0):
 
 @pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "rand-m5-n3-p1-tweights", "original-mstd0.5", "v0r", "3a"])
 def test_operations_and_magnitudes_are_those_of_timm(aa, monkeypatch):
-    """Same generators, same order of calls: the very same operations, noted from timm's functions as they are called."""
+    """Same generators, same order of calls: the very same operations, noted where timm calls its functions."""
     transform, noted, count = transform_of(aa), [], 300
     policy = transform.transforms[2]
     groups = policy.policy if hasattr(policy, "policy") else [policy.ops]
