@@ -18,7 +18,9 @@ from data.epoch_order import EpochBatches, PlannedBatches
 from data.feed import Feed
 from data.host_part import HostPart
 from data.image_files import ImageFiles, ImageFilesLoader, take_bad_images
-from data.transforms import RAND_AUGMENT, build_host_part, build_transform
+from data.in_memory import ArrayImages
+from data.resident import Resident
+from data.transforms import RAND_AUGMENT, SMALL_IMAGE, build_host_part, build_transform
 from runtime import processes
 from runtime.errors import UserError
 from runtime.interrupts import leave_to_parent
@@ -70,8 +72,8 @@ def build_loaders(config: DataConfig, device: torch.device | None = None) -> Loa
     `device` is where images are augmented if that is by the batch (default: the CPU).
     """
     device = torch.device("cpu") if device is None else device
-    train = None if config.held_out_only else _open(config, training=True)[0]
-    val, num_classes = _open(config, training=False)
+    train = None if config.held_out_only else _open(config, device, training=True)[0]
+    val, num_classes = _open(config, device, training=False)
     val_share = Subset(val, range(processes.rank(), len(val), processes.world_size()))
     classes = tuple(_split(val).classes) if isinstance(_split(val), ImageFiles) else None
     if config.held_out_only:
@@ -114,15 +116,20 @@ def fingerprint(config: DataConfig, loaders: Loaders) -> str:
 
 def _split(dataset: Dataset) -> Dataset:
     """The split as its data set opened it."""
-    return dataset.dataset if isinstance(dataset, HostPart) else dataset
+    return dataset.dataset if isinstance(dataset, (HostPart, Resident)) else dataset
 
 
-def _open(config: DataConfig, training: bool) -> tuple[Dataset, int]:
+def _open(config: DataConfig, device: torch.device, training: bool) -> tuple[Dataset, int]:
+    """A split and its number of classes. If batches are augmented on the device, small sets are held there."""
     data_set = DATA_SETS[config.name]
     split, num_classes = data_set.open(config, build_transform(config, data_set, training), training)
-    if config.augment_on is AugmentOn.GPU:
-        split = HostPart(split, *build_host_part(config, data_set, training))
-    return split, num_classes
+    if config.augment_on is AugmentOn.CPU:
+        return split, num_classes
+    crop, drawer = build_host_part(config, data_set, training)
+    as_they_are = config.input_size <= SMALL_IMAGE and isinstance(split, ArrayImages)
+    if as_they_are and split.images.shape[1:3] == (config.input_size, config.input_size):
+        return Resident(split, device, data_set.padding if training else 0, drawer), num_classes
+    return HostPart(split, crop, drawer), num_classes
 
 
 def _loader(
@@ -136,17 +143,18 @@ def _loader(
     split = dataset.dataset
     if isinstance(dataset, PlannedBatches) or hasattr(split, "__getitems__"):  # which serve whole batches
         options["collate_fn"] = _as_it_is
-    loader = (ImageFilesLoader if isinstance(split, (ImageFiles, HostPart)) else DataLoader)(
+    loader = (ImageFilesLoader if isinstance(split, (ImageFiles, HostPart, Resident)) else DataLoader)(
         dataset,
-        num_workers=config.num_workers,
+        num_workers=0 if isinstance(split, Resident) else config.num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
         worker_init_fn=leave_to_parent,
         **options,
     )
-    if not isinstance(split, HostPart):
-        return loader
-    return Feed(loader, device, BatchAugmentation(config.preprocessing))
+    augmentation = BatchAugmentation(config.preprocessing)
+    if isinstance(split, Resident):
+        return Feed(loader, device, lambda places, draws: augmentation(split.take(places), draws))
+    return Feed(loader, device, augmentation) if isinstance(split, HostPart) else loader
 
 
 def _as_it_is(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
