@@ -38,7 +38,7 @@ from runtime.environment import environment
 from training.losses import OutputLoss
 
 MODELS = {"deit_small_patch16_224": 256, "deit_base_patch16_224": 128}
-FILES = 512
+FILES = 256
 """Different files; the data set has each of them under many names."""
 PREFETCHED = 2
 """Batches that each loader process prepares in advance."""
@@ -165,6 +165,8 @@ def measure_model(name: str, root: Path, args: argparse.Namespace, device: torch
     random = itertools.repeat((images, torch.zeros(batch_size, dtype=torch.int64, device=device)))
     found = {"step alone": speed_of(random, batch_size, min(8, args.steps), args.steps, step, device)}
     for augment_on, steps in ((AugmentOn.CPU, args.cpu_steps), (AugmentOn.GPU, args.steps)):
+        if steps < 1:
+            continue
         config = config_of(root, size, batch_size, args.workers, augment_on)
         loader = build_loaders(config, device).train
         warm_up = PREFETCHED * args.workers
@@ -184,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         "--workers", type=positive, default=max(1, (os.cpu_count() or 2) - 1), help="default: cores - 1"
     )
     parser.add_argument("--steps", type=positive, default=60, help="timed steps (default: 60)")
-    parser.add_argument("--cpu-steps", type=positive, default=30, help="the same of --augment-on cpu (default: 30)")
+    parser.add_argument("--cpu-steps", type=int, default=30, help="the same of --augment-on cpu; 0: none (default: 30)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement on one core (default: 5)")
     parser.add_argument("--batch-size", type=positive, help="instead of each model's own")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")

@@ -44,6 +44,8 @@ class Protocol:
     setups: dict[str, ModelSettings] = field(hash=False)
     """The setups, by the paper's name of the model. Models with one setup share one column of a report."""
     options: str = ""
+    earlier: tuple[str, ...] = ()
+    """What `options` were before. Runs that were finished with them count: only their random numbers are others."""
     torchrun: bool = False
     """True if a run takes all GPUs of its job, False if it takes one."""
     needs_gpu: bool = True
@@ -78,7 +80,8 @@ PROTOCOLS: dict[str, Protocol] = {
         epochs=12,
         seeds=3,
         setups={name: _SMALL for name in ("DeiT-T", "DeiT-S", "DeiT-B")},
-        options="--num-workers 1",
+        options="--augment-on gpu",
+        earlier=("--num-workers 1",),  # batches came from a loader process on the CPU
     ),
     "imagenet": Protocol(
         "ImageNet-1k at 224 px, 90 epochs, the paper's models, batch sizes and tuned parameters",

@@ -40,9 +40,17 @@ class Run:
 
         Tracking oscillation is left out: it looks at the training without changing it.
         """
+        return self._configuration(self.protocol.options)
+
+    @property
+    def configurations(self) -> list[tuple[str, ...]]:
+        """Its configuration, then those that the protocol gave it earlier."""
+        return [self._configuration(options) for options in (self.protocol.options, *self.protocol.earlier)]
+
+    def _configuration(self, options: str) -> tuple[str, ...]:
         common = ("--data-set", self.protocol.data_set, "--model", self.setup.model)
         common += ("--epochs", str(self.protocol.epochs), "--lr", str(self.setup.lr))
-        own = (*self.protocol.options.split(), *self.setup.options.split(), *self.options)
+        own = (*options.split(), *self.setup.options.split(), *self.options)
         return (*common, *own, "global batch", str(self.setup.global_batch))
 
     @property
@@ -154,20 +162,23 @@ class Existing:
     """That of all runs; None if there is none."""
 
     def directories(self, run: Run) -> dict[int, Path]:
-        """The directory of a finished run for each seed of the configuration; a tracked one is preferred."""
+        """The directory of a finished run for each seed.
+
+        The newest configuration is preferred, and in it a tracked run.
+        """
         found = {}
-        for (configuration, seed), places in self.runs.items():
-            if configuration == run.configuration:
+        for wanted in run.configurations:
+            for seed, places in ((seed, places) for (own, seed), places in self.runs.items() if own == wanted):
                 for record, directory in sorted(places, key=lambda place: not place[0]["tracked"]):
-                    wanted = replace(run, seed=seed, tracked=record["tracked"])
-                    if (record["tracked"] or not run.tracked) and wanted.finished(directory):
+                    such = replace(run, seed=seed, tracked=record["tracked"])
+                    if (record["tracked"] or not run.tracked) and such.finished(directory):
                         found.setdefault(seed, directory)
         return dict(sorted(found.items()))
 
     def started(self, run: Run) -> bool:
         """True if a run of this row has been started with any seed."""
         return any(
-            configuration == run.configuration and any(record["tracked"] or not run.tracked for record, _ in places)
+            configuration in run.configurations and any(record["tracked"] or not run.tracked for record, _ in places)
             for (configuration, _), places in self.runs.items()
         )
 
