@@ -246,6 +246,7 @@ def train_one_epoch(
                     shown += f", waited {100 * sums.waited / sums.seconds:.0f} % for data"
                 bar.set_postfix_str(shown, refresh=False)
         step.settle()
+    sums.waited += feed.take_waited()
     seconds = time.perf_counter() - start
     seen = sums.images * processes.world_size()  # samplers give every process the same number
     counted, loss_sum, correct_sum, *_ = processes.all_reduce_sum(sums.totals.clone())

@@ -42,6 +42,7 @@ class Feed:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = iter(self.loader)
+        self._pauses.clear()  # those of an evaluation, which nobody asked for
         while True:
             asked = self._mark()
             batch = next(batches, None)

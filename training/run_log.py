@@ -135,7 +135,7 @@ def table_row(numbers: dict[str, float], epochs: int) -> str:
     if "oscillating" in numbers:
         row += f"   {numbers['oscillating']:.2f} % oscillate, mean period {numbers['mean_period']:.2f}"
     if numbers.get("waited_for_data", 0) > MOST_WAITING:
-        row += f"   waited {numbers['waited_for_data']:.0f} % of the time for data: raise --num-workers"
+        row += f"   waited {numbers['waited_for_data']:.0f} % of the time for data: more --num-workers may help"
     if numbers["lost_groups"]:
         row += f"   {numbers['lost_groups']:,} groups out of FP8's range became zero"
     if numbers["bad_images"]:

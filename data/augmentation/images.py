@@ -42,7 +42,8 @@ class BatchAugmentation:
         """uint8 [B, 3, S, S] -> fp32 [B, 3, S, S]. Without draws, images are only normalized."""
         if draws is None:
             return normalize(images, self.preprocessing)
-        images = flip(images, draws.flip)
+        if draws.flip.any():
+            images = flip(images, draws.flip)
         kinds, arguments = draws.operations.numpy(), draws.arguments.numpy()
         for layer in range(kinds.shape[1]):
             images = apply(images, kinds[:, layer], arguments[:, layer], self.fill, self.preprocessing.interpolation)
@@ -145,7 +146,8 @@ def fixed_tables(kinds: np.ndarray, arguments: np.ndarray) -> np.ndarray:
     """
     values = np.arange(256)
     tables = np.tile(values.astype(np.uint8), (len(kinds), 1))
-    for i, (kind, argument) in enumerate(zip(kinds, arguments)):
+    for i in np.flatnonzero(np.isin(kinds, TABLES)):
+        kind, argument = kinds[i], arguments[i]
         if kind == Operation.INVERT:
             tables[i] = 255 - values
         elif kind == Operation.POSTERIZE:  # no bits at all make the image black
@@ -154,7 +156,7 @@ def fixed_tables(kinds: np.ndarray, arguments: np.ndarray) -> np.ndarray:
             tables[i] = np.where(values < argument, values, 255 - values)
         elif kind == Operation.SOLARIZE_ADD:
             tables[i] = np.where(values < 128, np.minimum(values + int(argument), 255), values)
-        elif kind == Operation.BRIGHTNESS:  # blends with black
+        else:  # brightness blends with black
             tables[i] = (np.float32(argument) * values.astype(np.float32)).clip(0, 255).astype(np.uint8)
     return tables
 
@@ -259,10 +261,10 @@ def matrices(kinds: np.ndarray, arguments: np.ndarray, width: int, height: int) 
     """
     found = np.tile(np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]), (len(kinds), 1))
     places = {Operation.SHEAR_X: 1, Operation.TRANSLATE_X: 2, Operation.SHEAR_Y: 3, Operation.TRANSLATE_Y: 5}
-    for matrix, kind, argument in zip(found, kinds, arguments):
-        if kind in places:
-            matrix[places[kind]] = argument
+    for i in np.flatnonzero(np.isin(kinds, GEOMETRIC)):
+        matrix, kind, argument = found[i], kinds[i], arguments[i]
         if kind != Operation.ROTATE:
+            matrix[places[kind]] = argument
             continue
         angle = -math.radians(argument % 360.0)
         cosine, sine = round(math.cos(angle), 15), round(math.sin(angle), 15)

@@ -76,6 +76,14 @@ def test_a_histogram_has_its_bins_upper_edges(tmp_path):
     assert histogram.sum_squares == pytest.approx(sum(s * x * x for s, x in zip(shares, middles)))
 
 
+def test_the_table_says_so_where_a_gpu_waited_for_data():
+    names = ("epoch", "train_loss", "test_loss", "test_acc1", "test_acc5", "img_per_s", "lr")
+    row = dict.fromkeys((*names, "lost_groups", "bad_images", "skipped_steps"), 0)
+    told = "   waited 35 % of the time for data: more --num-workers may help"
+    assert table_row(row | {"waited_for_data": 34.6}, 12) == table_row(row, 12) + told
+    assert table_row(row | {"waited_for_data": 9.9}, 12) == table_row(row, 12)
+
+
 def test_the_table_has_each_number_in_its_place():
     row = {"epoch": 4, "train_loss": 1.25, "test_loss": 0.5, "test_acc1": 61.5, "test_acc5": 93.25, "img_per_s": 1234.4}
     row |= {"lr": 2.5e-4, "lost_groups": 0, "bad_images": 3, "skipped_steps": 2, "ema_acc1": 60.5, "ema_acc5": 92.0}
