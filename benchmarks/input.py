@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as directory:
         root, largest = Path(directory), max(args.batch_size or MODELS.get(name, 128) for name in args.models)
         steps = PREFETCHED * args.workers + max(args.steps, args.cpu_steps) + 1
-        contents = write_images(root, max(64, largest * steps))
+        contents = write_images(root, max(32, largest * steps))
         weight = sum(map(len, contents)) / len(contents) / 1000
         print(f"| | weight of a file | {weight:.0f} KB |")
         show("one core", "", on_one_core(root, 224, contents, args.seconds))

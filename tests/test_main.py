@@ -911,7 +911,8 @@ def test_options_are_these():
         --backward-operands --scaling --forward-element --backward-element --bad-images
         --save-epochs --save-steps --keep-checkpoints --deterministic
         --accumulate-steps --checkpoint-activations --keep-last-batch --fsdp --check-ranks
-        --pretrained --weights --mean --std --exif-orientation --warmup-prefix --no-warmup-prefix""".split()
+        --pretrained --weights --mean --std --exif-orientation --warmup-prefix --no-warmup-prefix
+        --augment-on""".split()
     )
 
 

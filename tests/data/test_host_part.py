@@ -175,6 +175,13 @@ def test_a_run_does_not_go_on_with_other_images(folder, capsys):
     assert main([*options, "--augment-on", "auto"]) == 0  # which is the CPU
     assert main([*options, "--augment-on", "gpu", "--resume", "auto"]) == 2
     assert "the same --augment-on: this run has gpu" in capsys.readouterr().err
+    state = torch.load("out/checkpoint.pth", weights_only=True)
+    del state["identity"]["--augment-on"]  # as in a checkpoint from before the option, whose images came from the CPU
+    torch.save(state, "old.pth")
+    on_cpu, on_gpu = ([*options[:-1], "other", "--augment-on", on, "--resume", "old.pth"] for on in ("cpu", "gpu"))
+    assert main(on_gpu) == 2
+    assert "the same --augment-on: this run has gpu" in capsys.readouterr().err
+    assert main(on_cpu) == 0
 
 
 @pytest.mark.parametrize(

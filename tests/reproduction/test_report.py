@@ -45,10 +45,12 @@ def test_runs_of_an_earlier_configuration_count_until_there_are_newer_ones(tmp_p
     now = replace(SMOKE, options="--augment-on gpu", earlier=("--num-workers 1",))
     plain = run_for("table2", "TetraJet")
     old, new = ([replace(plain, protocol=protocol, seed=seed) for seed in range(3)] for protocol in (before, now))
-    directories = [finish(tmp_path, run, 60.0) for run in (*old[:2], *new[1:])]
+    directories = [finish(tmp_path, run, 60.0) for run in old[:2]]
+    assert existing(tmp_path).started(new[0]) and existing(tmp_path).directories(new[0]) == dict(enumerate(directories))
+    directories += [finish(tmp_path, run, 60.0) for run in new[1:]]
     found = existing(tmp_path)
     assert found.directories(new[0]) == {0: directories[0], 1: directories[2], 2: directories[3]}
-    assert found.directories(old[0]) == {0: directories[0], 1: directories[1]} and found.started(new[0])
+    assert found.directories(old[0]) == {0: directories[0], 1: directories[1]}
     assert not remaining(new, tmp_path) and remaining(old, tmp_path) == [old[2]]
 
 

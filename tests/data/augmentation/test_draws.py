@@ -17,6 +17,8 @@ from data.augmentation.draws import Drawer, Operation, UnknownAugmentation, crop
 from data.epoch_order import drawing_from
 
 SIZE = 224
+COUNTS = [10_000, pytest.param(100_000, marks=pytest.mark.long)]
+"""Images for which a distribution is drawn."""
 
 
 def transform_of(aa: str | None, color_jitter: float | None = None, reprob: float = 0.0) -> T.Compose:
@@ -59,15 +61,16 @@ def test_operations_and_magnitudes_are_those_of_timm(aa, monkeypatch):
     assert any(len(operations) > 1 for operations in got) or aa == "3a"
 
 
-def test_randaugment_over_many_draws():
+@pytest.mark.parametrize("count", COUNTS)
+def test_randaugment_over_many_draws(count):
     """Two layers, each kept with probability 1/2, over fifteen operations that are equally likely."""
-    draws = drawn(transform_of("rand-m9-mstd0.5-inc1"), 10_000)
+    draws = drawn(transform_of("rand-m9-mstd0.5-inc1"), count)
     counts = Counter(draws.operations[draws.operations > 0].tolist())
     total = sum(counts.values())
-    assert total == pytest.approx(10_000, abs=4 * math.sqrt(20_000 / 4))
+    assert total == pytest.approx(count, abs=4 * math.sqrt(2 * count / 4))
     assert len(counts) == 15 and Operation.BLUR not in counts
-    for count in counts.values():
-        assert count == pytest.approx(total / 15, abs=4.5 * math.sqrt(total / 15))
+    for found in counts.values():
+        assert found == pytest.approx(total / 15, abs=4.5 * math.sqrt(total / 15))
     angles = draws.arguments[draws.operations == Operation.ROTATE].abs() / 3
     assert angles.mean() == pytest.approx(9, abs=0.1) and angles.max() <= 10
     assert draws.flip.float().mean() == pytest.approx(0.5, abs=0.02)
@@ -90,10 +93,11 @@ def quantiles_agree(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert np.abs(shares[0] - shares[1]).max() < bound
 
 
+@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("shape", [(375, 500), (90, 400)])
-def test_crops_are_distributed_as_timms(shape):
+def test_crops_are_distributed_as_timms(shape, count):
     """The second shape is so flat that many crops do not fit."""
-    crop, count = transform_of(None).transforms[0], 20_000
+    crop = transform_of(None).transforms[0]
     with drawing_from((1,)):
         ours = np.array([random_box(crop, numbers, *shape) for numbers in crop_numbers(count).tolist()])
     image = Image.new("L", shape[::-1])
