@@ -362,7 +362,7 @@ def test_one_class_and_one_entry_add_a_data_set(change, monkeypatch):
     assert (options.training.epochs, options.model.model) == (3, datasets.SMALL_DATA["model"])
     words = " ".join(build_parser().format_help().split())
     assert "STRIPES: stripes of three colours IMNET: ImageNet-1k" in words
-    assert "Small data below is all but IMNET and FOLDER." in words
+    assert '"small data" in the defaults below means every data set but IMNET and FOLDER.' in words
     assert re.search(r"length of the run \(.*; small data: 40;.* DIGITS: 8;.* STRIPES: 3.*\)", words)
     assert words.count("; STRIPES: ") == 1  # no other option differs from small data
 

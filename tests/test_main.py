@@ -337,7 +337,8 @@ class TestTraining:
             assert {name: log[f"test_{name}"] for name in found} == pytest.approx(found, rel=1e-4), quant
             for other in {None, "floor", "truncation_free"} - {scaling}:
                 different = evaluated(in_plain_lines(weights[quant], other), *held_out)["loss"]
-                assert abs(different - found["loss"]) > 1e-3 * found["loss"], quant
+                # Twice what counts as equal above; Q-EMA's weights are nearly on the grids of both scale rules.
+                assert abs(different - found["loss"]) > 2e-4 * found["loss"], quant
             moved = [name for name, value in start.items() if not torch.equal(weights[quant][name], value)]
             assert moved == list(start)
         averages = {name: value for name, value in weights["mxfp4"].items() if "ema" in name}
