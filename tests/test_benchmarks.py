@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import re
 import subprocess
@@ -81,6 +82,39 @@ def test_kernels_on_a_cpu(tmp_path, run):
     assert "| all of a block |" in result.stdout
 
 
+def test_profile_step_on_a_cpu(tmp_path, run):
+    """Without a GPU there are no kernels to tell apart, and the operators' time is `other`."""
+    small = ["--model", "deit_micro_patch4_32", "--batch-size", "2", "--steps", "1", "--device", "cpu"]
+    result = run("profile_step.py", *small, "--variants", "bf16", "TetraJet", "--csv", str(tmp_path / "profile.csv"))
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader(open(tmp_path / "profile.csv")))
+    times = {(row["variant"], row["kind"]): float(row["ms"]) for row in rows}
+    assert len(times) == 2 * 10 and all((ms > 0) == (kind == "other") for (_, kind), ms in times.items())
+    assert times["TetraJet", "other"] > times["bf16", "other"]  # the quantizers are seen
+    assert "| all kernels |" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("_quantize_dense_kernel", "Q3 + Q5"),
+        ("_add_up_kernel", "Q3 + Q5"),
+        ("_quantize_packed_kernel", "Q4, Q6"),
+        ("_quantize_kernel", "Q1, Q2"),
+        ("triton_poi_fused_gelu_0", "elementwise, compiled"),
+        ("nvjet_qqtst_128x256_128x6_2x1_v_bz_coopB_TNN", "matmuls"),
+        ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("void at::native::reduce_kernel<512, 1, ...>", "other"),
+    ],
+)
+def test_kinds_of_kernels(kernel, kind):
+    source = (BENCHMARKS / "profile_step.py").read_text("utf-8")
+    assignment = next(node for node in ast.parse(source).body if getattr(node, "targets", [None])[0] is not None)
+    kinds = ast.literal_eval(assignment.value)
+    assert next(k for k, pattern in kinds.items() if re.search(pattern, kernel, re.IGNORECASE)) == kind
+
+
 def test_tracking_on_a_cpu(tmp_path, run):
     small = ["--model", "deit_micro_patch4_32", "--batch-size", "2", "--rounds", "2", "--steps", "2", "--device", "cpu"]
     result = run("tracking.py", *small, "--csv", str(tmp_path / "tracking.csv"))
@@ -102,6 +136,7 @@ def test_tracking_with_a_graph(run):
     assert ", CUDA graph, " in result.stdout and "| outside a window |" in result.stdout
 
 
+@pytest.mark.long
 def test_scaling_on_a_cpu(tmp_path, run):
     small = ["--model", "deit_micro_patch4_32", "--batch-size", "2", "--steps", "2", "--device", "cpu"]
     result = run("scaling.py", *small, "--csv", str(tmp_path / "scaling.csv"))
@@ -147,6 +182,7 @@ def test_scaling_without_two_gpus_one_line(run):
             "must be a model of timm that can be quantized, got resnet18: ResNet has no linear layer",
         ),
         ("kernels.py", ["--csv", "."], "must be a file, got the directory ."),
+        ("kernels.py", ["--shapes", "64"], "must be ROWSxCOLUMNS, such as 25216x3072, got 64"),
         ("tracking.py", ["--rounds", "0"], "must be at least 1, got 0"),
         ("tracking.py", ["--device", "cpu", "--graph"], "--graph records what a GPU does; leave it out"),
         ("scaling.py", ["--device", "cpu", "--processes", "1"], "--processes must be at least 2"),
@@ -159,7 +195,8 @@ def test_a_mistake_is_one_line(script, arguments, message, run):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", ["train_step.py", "kernels.py", "tracking.py"])
+@pytest.mark.parametrize("script", ["train_step.py", "kernels.py", "tracking.py", "profile_step.py"])
 def test_without_a_gpu_one_line(script, run):
     result = run(script)
-    assert result.returncode == 2 and result.stderr == f"{script}: error: timing needs a GPU, PyTorch finds none\n"
+    what = "profiling kernels" if script == "profile_step.py" else "timing"
+    assert result.returncode == 2 and result.stderr == f"{script}: error: {what} needs a GPU, PyTorch finds none\n"

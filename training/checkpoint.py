@@ -271,7 +271,8 @@ def load(path: Path, identity: dict, implied: Mapping[str, object] | None = None
             "Weights of a stock model go to --finetune"
         )
     theirs = state.get("identity")
-    if not isinstance(theirs, dict) or not isinstance(state.get("model"), dict) or not all(p in state for p in PARTS):
+    whole = isinstance(theirs, dict) and isinstance(state.get("model"), dict) and all(part in state for part in PARTS)
+    if not whole or not isinstance(state.get("numerics", 1), int):
         raise Damaged(f"--resume found {path} damaged, parts of it are missing; give another file")
     theirs = dict(implied or {}) | theirs
     different = [name for name in identity if _differ(identity[name], theirs.get(name))]

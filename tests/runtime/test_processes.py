@@ -450,7 +450,9 @@ def test_three_processes(tmp_path, ranks):
         assert shards["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("end", "launcher"), [("raise", "ranks"), ("kill", "torchrun")])
+@pytest.mark.parametrize(
+    ("end", "launcher"), [("raise", "ranks"), pytest.param("kill", "torchrun", marks=pytest.mark.long)]
+)
 def test_a_rank_that_fails_ends_the_job(end, launcher, tmp_path, request):
     """The other rank ends because its collective breaks off; a killed one is reported by torchrun."""
     launcher = request.getfixturevalue(launcher)
