@@ -114,7 +114,8 @@ _FORMATS = {
 class Scaling(str, Enum):
     """The rule that gives the exponent s of a group's scale S = 2**s from the group's amax M (paper section 3.2).
 
-    A new one is a member here and its arithmetic in `reference._scale_byte` and in the kernel of that name.
+    A new one is a member here, and its arithmetic in `_scale_byte` of `reference.py` and in `scale_bits_of` of
+    `triton/rounding.py`.
     """
 
     TRUNCATION_FREE = "truncation_free"

@@ -124,7 +124,7 @@ def names_in(path: Path) -> set[str]:
 TABLE_OF_CHANGES = DOCUMENT.partition("| to change | open |\n| --- | --- |\n")[2].partition("\n\n")[0]
 CHANGES = re.findall(r"^\| (.+?) \| (.*) \|$", TABLE_OF_CHANGES, re.MULTILINE)
 PYTHON_FILE = re.compile(r"(?:[a-z_]+/)*[a-z_0-9]+\.py")
-USED = {"swap_linears", "multiply", "state_dict"}
+USED = {"swap_linears", "multiply", "state_dict", "param_groups_weight_decay"}
 """Names that the files of a row use without defining them."""
 
 

@@ -40,7 +40,7 @@ def live_tensors() -> int:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="resident memory is measured, the CPU's")
 @pytest.mark.parametrize(
     ("method", "steps"),
-    [("q-ema and q-ramping", 400), ("freeze", 400), ("int4", 400)]
+    [("q-ema and q-ramping", 800), ("freeze", 400), ("int4", 400)]
     + [pytest.param(m, 3000, marks=pytest.mark.long) for m in ("q-ema and q-ramping", "freeze", "int4")],
 )
 def test_memory_does_not_grow(method, steps):

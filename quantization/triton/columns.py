@@ -31,6 +31,7 @@ from torch import Tensor
 from ..formats import FP32_SUBNORMAL_HALF, GROUP_SIZE, Fp8
 from ..recipe import Quantizer
 from ..reference import TORCH_FP8, Operand, Packed, largest_quantized
+from ..reference import quantize_both as by_reference
 from .philox import tile_draws
 from .rounding import (
     EXPONENT_MASK,
@@ -57,7 +58,8 @@ from .rounding import (
 from .rows import dequantize, quantize
 from .tiles import filled, is_wide, num_bytes, num_groups
 
-_TOKENS, _COLUMNS = GROUP_SIZE, 64
+# The shapes within the kernels are written out for these two, which cannot be changed alone.
+_TOKENS, _COLUMNS = 32, 64
 _N, _C = tl.constexpr(_TOKENS), tl.constexpr(_COLUMNS)
 _SUBNORMAL_HALF = tl.constexpr(FP32_SUBNORMAL_HALF)
 
@@ -289,7 +291,13 @@ def quantize_both(
     lost: Tensor | None = None,
     with_sum: bool = False,
 ) -> tuple[Operand | None, Operand | None, Tensor | None]:
-    """`reference.quantize_both`, bit for bit but for the order in which a column is summed up."""
+    """`reference.quantize_both`, bit for bit but for the order in which a column is summed up.
+
+    With groups of another size than 32 it is the reference itself, which is slow.
+    """
+    if GROUP_SIZE != _TOKENS:  # a tile holds one group of tokens
+        options = {"key": key, "dtype": dtype, "fp8": fp8, "largest": largest, "lost": lost, "with_sum": with_sum}
+        return by_reference(source, rows, columns, **options)
     if isinstance(source, Tensor):
         if columns is not None:
             return _quantize_dense(source, rows, columns, key, dtype, fp8, largest, lost, with_sum)

@@ -15,7 +15,7 @@ import triton.language as tl  # noqa: E402
 
 from quantization import reference  # noqa: E402
 from quantization.reference import Packed  # noqa: E402
-from quantization.triton import kernels, tiles  # noqa: E402
+from quantization.triton import columns, kernels, tiles  # noqa: E402
 from quantization.triton.rounding import Constants, round_stochastic  # noqa: E402
 from quantization.triton.rows import _quantize_kernel  # noqa: E402
 
@@ -197,6 +197,17 @@ def test_wide_offsets_give_the_same_bits(shape, monkeypatch, compare, randn, com
     compare(randn(*shape), q.element, q.scaling, q.rounding)
     compare_both_ways(shape, (q, q), False, Fp8.E5M2)
     compare_both_ways(shape, (None, q), True, Fp8.E5M2)
+
+
+def test_other_group_sizes_take_the_reference(randn, monkeypatch, assert_same_bits):
+    """The tiles of the kernels hold one group of 32 tokens."""
+    monkeypatch.setattr(columns, "GROUP_SIZE", 16)
+    monkeypatch.setattr(columns, "_quantize_dense", None)
+    monkeypatch.setattr(columns, "_quantize_packed", None)
+    x, q = randn(40, 70), Quantizer()
+    made = [backend.quantize_both(x, q, q, dtype=torch.float32, with_sum=True) for backend in (kernels, reference)]
+    for got, wanted in zip(made[0][:2], made[1][:2]):
+        assert_same_bits(got.values_RL.contiguous(), wanted.values_RL.contiguous())
 
 
 def test_both_ways_of_an_empty_matrix(device):
