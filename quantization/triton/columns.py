@@ -56,7 +56,7 @@ from .rounding import (
     to_fp32,
 )
 from .rows import dequantize, quantize
-from .tiles import filled, is_wide, num_bytes, num_groups
+from .tiles import is_wide, num_bytes, num_groups, padded
 
 # The shapes within the kernels are written out for these two, which cannot be changed alone.
 _TOKENS, _COLUMNS = 32, 64
@@ -417,7 +417,7 @@ def _quantize_packed(
 def _empty_operand(rows: int, length: int, dtype: torch.dtype | None, fp8: Fp8 | None, device: torch.device) -> Operand:
     if fp8 is None:
         return Operand(torch.empty(rows, length, dtype=dtype, device=device))
-    values_RL = torch.empty(rows, filled(length), dtype=TORCH_FP8[fp8], device=device)
+    values_RL = torch.empty(rows, padded(length), dtype=TORCH_FP8[fp8], device=device)
     return Operand(values_RL, torch.empty(1, dtype=torch.float32, device=device))
 
 

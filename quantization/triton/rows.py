@@ -41,7 +41,7 @@ from .rounding import (
     stored,
     to_fp32,
 )
-from .tiles import filled, is_wide, num_bytes, num_groups
+from .tiles import is_wide, num_bytes, num_groups, padded
 
 _GROUP = tl.constexpr(GROUP_SIZE)
 _CODE_BITS = tl.constexpr(MAX_MAGNITUDE_CODE * 0x11)  # of the two codes in a byte
@@ -134,17 +134,17 @@ def _quantize_kernel(
         values_mask = (r[:, None] < rows) & (col[None, :] < values_length)  # with zeros that fill up a row
         store(values_ptr + r[:, None] * values_length + col[None, :], values, values_mask, WHOLE)
     if codes_ptr is not None:
-        broken = largest_bits >= EXPONENT_MASK
+        non_finite = largest_bits >= EXPONENT_MASK
         # Sign and code of an element, a few bits apart; then of two, in the places of their nibbles.
         apart = grid_bits(value, Q).to(tl.uint32, bitcast=True) >> Q.random_bits
         low, high = tl.split(apart.reshape(BLOCK_R, BLOCK_G, _GROUP // 2, 2))
         both = low | (high << 4)
         packed = (both & _CODE_BITS) | ((both >> (28 - Q.random_bits)) & _SIGN_BITS)
-        packed = (packed & tl.where(broken, 0, 0xFF)[:, :, None]).to(tl.uint8).reshape(BLOCK_R, BLOCK_L // 2)
+        packed = (packed & tl.where(non_finite, 0, 0xFF)[:, :, None]).to(tl.uint8).reshape(BLOCK_R, BLOCK_L // 2)
         byte = first_g * (_GROUP // 2) + tl.arange(0, BLOCK_L // 2)
         byte_mask = (r[:, None] < rows) & (byte[None, :] < code_bytes)
         store(codes_ptr + r[:, None] * code_bytes + byte[None, :], packed, byte_mask, WHOLE)
-        scale_byte = (tl.where(broken, EXPONENT_MASK, scale_bits) >> MANTISSA_BITS).to(tl.uint8)
+        scale_byte = (tl.where(non_finite, EXPONENT_MASK, scale_bits) >> MANTISSA_BITS).to(tl.uint8)
         group_mask = (r[:, None] < rows) & (g[None, :] < groups)
         store(scales_ptr + r[:, None] * groups + g[None, :], scale_byte, group_mask, WHOLE)
 
@@ -204,7 +204,7 @@ def quantize(
     values_RL = codes_RB = scales_RG = operand_scale = None
     values_length = length
     if fp8 is not None:
-        values_dtype, values_length = TORCH_FP8[fp8], filled(length)
+        values_dtype, values_length = TORCH_FP8[fp8], padded(length)
         operand_scale = torch.empty(1, dtype=torch.float32, device=device)
     if values_dtype is not None:
         values_RL = torch.empty(rows, values_length, dtype=values_dtype, device=device)

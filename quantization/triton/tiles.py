@@ -19,8 +19,8 @@ def num_bytes(length: int) -> int:
     return -(-length // 2)
 
 
-def filled(length: int) -> int:
-    """Length of a row of an FP8 operand, which zeros fill up."""
+def padded(length: int) -> int:
+    """Length of a row of an FP8 operand, which is padded with zeros."""
     return -(-length // FP8_ROW_MULTIPLE) * FP8_ROW_MULTIPLE
 
 
