@@ -7,6 +7,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/scripts/setup.sh"
 cd "$root"
+unset REQUIREMENTS # tests call setup.sh in copies of parts of the repository, which lack such a file
 if [ "${1:-}" = --long ]; then
     set -- -m long "${@:2}"
 fi
