@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: the GPU time of its kernels by kind.
+"""A profile of a training step tells where its time goes: the GPU time of its kernels by kind.
 
     python benchmarks/profile_step.py [--model NAME] [--variants NAME ...] [--csv FILE]
 
@@ -16,9 +16,8 @@ from collections import Counter
 import torch
 from common import append_rows, csv_file, model_name, positive
 from torch.profiler import ProfilerActivity, profile
-from train_step import MODELS, VARIANTS, Variant, by_reference, training_step
+from train_step import MODELS, VARIANTS, Variant, by_reference, step_of
 
-from quantization import RECIPES, create_model, set_matmul
 from runtime.environment import environment
 
 # The first pattern that a kernel's name contains gives its kind.
@@ -42,13 +41,7 @@ def kind_of(kernel: str) -> str:
 
 def milliseconds(name: str, batch_size: int, variant: Variant, device: torch.device, steps: int) -> Counter[str]:
     """Milliseconds per step of each kind of kernels. Without a GPU, those of PyTorch's operators, which are `other`."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    model = create_model(name, variant.recipe or RECIPES["none"], drop_path_rate=0.1).to(device)
-    set_matmul(model, variant.matmul)
-    if variant.compiled:
-        model.compile()
-    step = training_step(model, batch_size, variant, device)
+    step = step_of(name, batch_size, variant, device)
     on_gpu = device.type == "cuda"
     with by_reference(variant.reference):
         for _ in range(5 if on_gpu else 1):

@@ -155,10 +155,8 @@ def training_step(model: nn.Module, batch_size: int, variant: Variant, device: t
     return step
 
 
-def measure(
-    name: str, batch_size: int, variant: Variant, device: torch.device, steps: int, lock: Path | None
-) -> tuple[list, float]:
-    """Milliseconds of the timed steps, and the peak of allocated memory in GiB."""
+def step_of(name: str, batch_size: int, variant: Variant, device: torch.device) -> Callable[[], None]:
+    """`training_step` of a new model of this name, in place of whatever the compiler holds of earlier ones."""
     torch._dynamo.reset()
     gc.collect()  # models refer to themselves in circles
     torch.manual_seed(0)
@@ -166,7 +164,14 @@ def measure(
     set_matmul(model, variant.matmul)
     if variant.compiled:
         model.compile()
-    step = training_step(model, batch_size, variant, device)
+    return training_step(model, batch_size, variant, device)
+
+
+def measure(
+    name: str, batch_size: int, variant: Variant, device: torch.device, steps: int, lock: Path | None
+) -> tuple[list, float]:
+    """Milliseconds of the timed steps, and the peak of allocated memory in GiB."""
+    step = step_of(name, batch_size, variant, device)
     with by_reference(variant.reference):
         step()
         if device.type == "cuda":  # from here on: recording a graph takes memory once, replaying it none

@@ -46,7 +46,7 @@ class Pixels(NamedTuple):
     values: Tensor
     """uint8 [3, height, width], perhaps reduced."""
     height: int
-    """Of the image before it was reduced."""
+    """Height of the image before it was reduced, like `width`."""
     width: int
 
     @classmethod

@@ -31,7 +31,7 @@ ATTEMPTS = 10
 
 
 class Operation(IntEnum):
-    """What is done to an image, and the meaning of its argument."""
+    """An operation on an image, with the meaning of its argument."""
 
     NONE = 0
     AUTO_CONTRAST = 1
@@ -64,7 +64,7 @@ class Draws(NamedTuple):
     """The parameters of a batch, in host memory."""
 
     flip: Tensor
-    """Whether an image is mirrored: bool [B]."""
+    """bool [B], true for an image that is mirrored."""
     operations: Tensor
     """An `Operation` for each image and layer: uint8 [B, L]."""
     arguments: Tensor
@@ -198,7 +198,7 @@ class Drawer:
         return recorded
 
     def _rectangles(self, count: int) -> np.ndarray:
-        """What timm's RandomErasing replaces: top, left, height and width [B, 4], of which the first fitting one."""
+        """The rectangle that timm's RandomErasing replaces, the first that fits: top, left, height, width [B, 4]."""
         erasing, size = self.erasing, self.size
         applied = np.random.random(count) <= erasing.probability
         areas, aspects, down, right = np.random.random((4, count, ATTEMPTS))

@@ -35,7 +35,7 @@ class BatchAugmentation:
 
     @property
     def fill(self) -> tuple[int, ...]:
-        """What lies beyond the borders of an image: the mean, as timm has it."""
+        """The colour beyond the borders of an image: the mean, as timm has it."""
         return tuple(min(255, round(255 * value)) for value in self.preprocessing.mean)
 
     def __call__(self, images: Tensor, draws: Draws | None = None) -> Tensor:
